@@ -84,8 +84,9 @@ class Compressor(ABC):
         if self.stochastic and generator is None:
             raise ValueError(f"{self} draws random numbers: pass a generator, such as seeded_generator(seed, rank)")
         payload = torch.empty(self.payload_bytes(segments, flat.dtype), dtype=torch.uint8, device=flat.device)
-        if flat.numel():
-            self._encode(flat.detach(), segments, generator, self._fields(payload, segments, flat.dtype))
+        if not flat.numel():
+            return payload.zero_()
+        self._encode(flat.detach(), segments, generator, self._fields(payload, segments, flat.dtype))
         return payload
 
     def decompress(

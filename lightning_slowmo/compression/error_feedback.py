@@ -62,7 +62,7 @@ class ErrorFeedback:
         """
         if flat.shape != self.residual.shape:
             raise ValueError(f"vector has shape {tuple(flat.shape)}, the residual {tuple(self.residual.shape)}")
-        wanted = self.residual + flat
+        wanted = self.residual + flat.detach()
         if wanted.dtype != self.residual.dtype:
             raise ValueError(f"vector is {flat.dtype}, which a residual of {self.residual.dtype} cannot hold")
         payload = self.compressor.compress(wanted, self.segments, generator)

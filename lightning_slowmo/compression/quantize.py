@@ -71,7 +71,7 @@ class Cast(Compressor):
             # Worst: one element of 127 steps, all others of half a step, which vanish.
             lost = max(min(self.bucket, length) - 1, 0) / 254**2
             return 1 / (1 + lost)
-        return 1 - 2.0 ** (-18 if self.to == "bf16" else -22)
+        return 1 - 2.0 ** (-16 if self.to == "bf16" else -22)
 
     def layout(self, segments: Sequence[int], dtype: torch.dtype) -> Layout:
         """The rounded values; for ``"int8"`` the scales before them."""

@@ -73,7 +73,7 @@ class CountSketch(Compressor):
         table = torch.empty(self.rows, self.columns, dtype=compute_dtype(flat.dtype), device=flat.device)
         for row, moves in zip(table, _moves(self, flat.numel()), strict=True):
             wrapped = table.new_zeros(2 * self.columns)
-            for block, (offset, sign) in zip(flat.split(self.columns), moves, strict=False):
+            for block, (offset, sign) in zip(flat.detach().split(self.columns), moves, strict=False):
                 wrapped[offset : offset + block.numel()].add_(block, alpha=sign)
             torch.add(wrapped[: self.columns], wrapped[self.columns :], out=row)
         return table
