@@ -1,0 +1,38 @@
+"""Local steps with slow momentum, gossip and compressed messages, behind one flag of PyTorch Lightning.
+
+Importing this package registers its presets with every Lightning that is installed::
+
+    import lightning as L
+    import lightning_slowmo
+
+    trainer = L.Trainer(strategy="slowmo", devices=4)
+"""
+
+from importlib.util import find_spec
+
+from lightning_slowmo.__about__ import __version__
+from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, LocalSGD, SlowMo, SyncReport
+from lightning_slowmo.communication import SyncError, Workers
+from lightning_slowmo.engine import Engine
+from lightning_slowmo.presets import PRESETS
+
+if find_spec("pytorch_lightning"):
+    from lightning_slowmo.pl import SlowMoStrategy
+if find_spec("lightning"):
+    from lightning_slowmo.strategy import SlowMoStrategy  # type: ignore[assignment]
+
+__all__ = [
+    "BMUF",
+    "PRESETS",
+    "Algorithm",
+    "AllReduce",
+    "DiLoCo",
+    "Engine",
+    "LocalSGD",
+    "SlowMo",
+    "SlowMoStrategy",
+    "SyncError",
+    "SyncReport",
+    "Workers",
+    "__version__",
+]

@@ -1,0 +1,238 @@
+"""What an algorithm is: a configuration that a user writes down, and its running state on one optimizer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.communication.collectives import average
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block, Layout, Scratch
+
+NOT_DUE = 0
+"""What :meth:`Running.due` returns after a step that needs no communication."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one sync did, or the totals of several.
+
+    Attributes:
+        bytes_sent: bytes that this worker gave to the transport, the header included.
+        bytes_received: bytes that it took from there.
+        seconds: time spent in the sync, waiting included.
+        drift: distance of this worker from the mean before the sync, relative to the norm of the mean.
+        skipped: messages that a trigger held back.
+        count: number of syncs.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+    drift: float = 0.0
+    skipped: int = 0
+    count: int = 1
+
+    def __add__(self, later: SyncReport) -> SyncReport:
+        """Totals; the drift is that of the later sync."""
+        return SyncReport(
+            self.bytes_sent + later.bytes_sent,
+            self.bytes_received + later.bytes_received,
+            self.seconds + later.seconds,
+            later.drift,
+            self.skipped + later.skipped,
+            self.count + later.count,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The report under the names that are logged."""
+        return {f"sync/{name}": float(value) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Round:
+    """The circumstances of one round of communication, equal on all workers.
+
+    Attributes:
+        levels: which levels of the algorithm communicate, a bit mask, see :meth:`Running.due`.
+        pending: local steps of each worker since the last sync, by rank.
+        present: which workers came for this round; the others wait elsewhere (their inputs ended) and merely help.
+        same_rates: whether the learning rates are equal on all workers.
+    """
+
+    levels: int = 1
+    pending: Sequence[int] = (1,)
+    present: Sequence[bool] = (True,)
+    same_rates: bool = True
+
+
+class Algorithm(ABC):
+    """Configuration of an algorithm: immutable, picklable, and equal to another of the same fields.
+
+    Subclasses are frozen dataclasses that check their fields in ``__post_init__``.
+    """
+
+    @abstractmethod
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state of this algorithm for one optimizer.
+
+        Args:
+            optimizer: the user's own; its parameter groups say what is synced and at which learning rates.
+            workers: who takes part.
+        """
+
+
+class Running(ABC):
+    """An algorithm at work on one optimizer. It alone owns the algorithm's buffers and messages.
+
+    The engine calls, in this order: :meth:`after_backward` when gradients are complete, :meth:`after_step` after each
+    optimizer step, and :meth:`sync` once the workers have met, if any of them said that one was :meth:`due`.
+
+    Args:
+        optimizer: the user's own.
+        workers: who takes part.
+        base: the algorithm that this one wraps, if any, with which it shares layout and scratch memory.
+    """
+
+    level = 1
+    """This algorithm's bit in :meth:`due`."""
+
+    exchanges_gradients = False
+    """Whether :meth:`sync_gradients` communicates."""
+
+    def __init__(self, optimizer: Optimizer, workers: Workers, base: Running | None = None) -> None:
+        self.optimizer = optimizer
+        self.workers = workers
+        self.scratch: Scratch = base.scratch if base is not None else Scratch()
+        self.layout: Layout = base.layout if base is not None else Layout(self.groups())
+        self.pending = 0
+
+    def groups(self) -> list[list[Tensor]]:
+        """What is synced: the parameters of each parameter group of the optimizer that are not frozen."""
+        return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
+
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Make room for parameters that joined the optimizer or were unfrozen since the last step."""
+        if not self.layout.covers(self.groups()):
+            self.relayout(Layout(self.groups()))
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout. Algorithms with slow state carry it along."""
+        self.layout = layout
+
+    def after_step(self) -> None:
+        """Count a local step."""
+        self.pending += 1
+
+    @abstractmethod
+    def due(self) -> int:
+        """Whether the workers must meet now, and what for.
+
+        Returns:
+            :data:`NOT_DUE`, or a bit mask of levels: 1 for the innermost algorithm, the next bit for each wrapper.
+        """
+
+    # Rounds -----------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def sync(self, round: Round) -> SyncReport:
+        """Communicate. Called on all workers together.
+
+        Returns:
+            Drift and skipped messages; the engine adds bytes and seconds.
+        """
+
+    def sync_gradients(self, round: Round) -> None:
+        """Exchange gradients. Called on all workers together, only if :attr:`exchanges_gradients`."""
+
+    def average(self, round: Round, then: Callable[[Block, Tensor], None] | None = None) -> float:
+        """Exact average of the parameters: line 6 of SlowMo's Algorithm 1.
+
+        Workers weigh as many steps as they took since the last sync, which is equal in all but uneven inputs.
+
+        Args:
+            round: the circumstances.
+            then: called with each block and its mean, which it may change.
+
+        Returns:
+            The drift of this worker.
+        """
+        weights = round.pending if any(round.pending) else None
+        drift = average(self.layout, self.workers, self.scratch, weights, then)
+        self.pending = 0
+        return drift
+
+    def drain(self) -> None:
+        """Take in messages that are still in flight. Called on all workers together."""
+
+    def consensus(self, round: Round) -> None:
+        """Overwrite the parameters with the model that is evaluated and saved: the mean over the workers."""
+        average(self.layout, self.workers, self.scratch, round.pending if any(round.pending) else None)
+
+    def agreed_rates(self, round: Round) -> list[float]:
+        """The learning rates, by group; their mean over the workers if they differ (a local plateau scheduler)."""
+        rates = self.rates()
+        if round.same_rates:
+            return rates
+        return [math.fsum(column) / self.workers.size for column in zip(*self.workers.gather(rates), strict=True)]
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """State that is equal on all workers: tensors and plain values only."""
+        return {}
+
+    def local_state(self) -> dict[str, Any]:
+        """State that differs between workers: tensors and plain values only."""
+        return {"pending": self.pending}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned; also with another number of workers."""
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned on this worker."""
+        self.pending = state["pending"]
+
+
+def check_period(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_momentum(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def copy_state(targets: Sequence[Tensor], sources: Sequence[Tensor], what: str) -> None:
+    """Copy checkpointed tensors into place.
+
+    Raises:
+        ValueError: if number or shapes do not fit the present model.
+    """
+    if [t.shape for t in targets] != [s.shape for s in sources]:
+        raise ValueError(f"The checkpoint's {what} does not fit the parameters of the optimizer; is it the same model?")
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)

@@ -1,0 +1,145 @@
+"""DiLoCo: many local AdamW steps, then one step of an outer optimizer on the averaged difference.
+
+Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023,
+https://arxiv.org/abs/2311.08105. The outer gradient is the anchor less the mean of the workers; the paper's outer
+optimizer is SGD with Nesterov momentum, whose closed form is::
+
+    v = mu v + delta;    theta = theta - eta (delta + mu v)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms.base import (
+    Algorithm,
+    Round,
+    Running,
+    SyncReport,
+    check_momentum,
+    check_period,
+    check_rate,
+)
+from lightning_slowmo.algorithms.local_sgd import LocalSGD
+from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block, Layout
+
+OuterOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+"""Anything that makes an optimizer of parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``."""
+
+
+@dataclass(frozen=True)
+class DiLoCo(Algorithm):
+    """Local steps with an outer optimizer; the inner optimizer's buffers stay each worker's own.
+
+    Unlike SlowMo, the outer momentum is not rescaled when the inner learning rate changes.
+
+    Args:
+        sync_every: optimizer steps between outer steps, the paper's H.
+        outer_lr: learning rate of the outer Nesterov SGD.
+        outer_momentum: its momentum, in [0, 1).
+        outer_optimizer: another optimizer of ``torch.optim`` instead: a callable that takes parameters, for example
+            ``functools.partial(torch.optim.Adam, lr=1e-3)``. ``outer_lr`` and ``outer_momentum`` then do not apply.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    sync_every: int = 500
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+    outer_optimizer: OuterOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        check_period("sync_every", self.sync_every)
+        check_rate("outer_lr", self.outer_lr)
+        check_momentum("outer_momentum", self.outer_momentum)
+        if self.outer_optimizer is not None and not callable(self.outer_optimizer):
+            raise ValueError(
+                "outer_optimizer must be a callable that makes an optimizer of parameters, such as "
+                f"functools.partial(torch.optim.Adam, lr=1e-3), got {self.outer_optimizer!r}."
+            )
+
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state for one optimizer."""
+        if self.outer_optimizer is not None:
+            return RunningOuterOptimizer(self, self.outer_optimizer, optimizer, workers)
+        return RunningDiLoCo(self, optimizer, workers)
+
+
+class RunningDiLoCo(RunningOuterLoop):
+    """DiLoCo with the paper's outer optimizer, in closed form. ``anchor`` is theta and ``momentum`` is v."""
+
+    def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(LocalSGD(config.sync_every), config.sync_every, "maintain", True, optimizer, workers)
+        self.config = config
+
+    def outer_step(self, block: Block, difference: Tensor) -> None:
+        """One step of SGD with Nesterov momentum."""
+        eta, mu = self.config.outer_lr, self.config.outer_momentum
+        anchor, v = block.of(self.anchor), block.of(self.momentum)
+        v.mul_(mu).add_(difference)
+        anchor.sub_(difference, alpha=eta).sub_(v, alpha=eta * mu)
+
+
+class RunningOuterOptimizer(RunningOuterLoop):
+    """DiLoCo with an outer optimizer of the user's.
+
+    The outer optimizer sees the anchor as parameters of the model's shapes. ``momentum`` holds the outer gradients
+    between the average and the step.
+    """
+
+    def __init__(self, config: DiLoCo, make: OuterOptimizer, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(LocalSGD(config.sync_every), config.sync_every, "maintain", True, optimizer, workers)
+        self.make = make
+        self.outer = make(self._outer_parameters())
+
+    def _outer_parameters(self) -> list[Parameter]:
+        """The anchor as parameters, with the outer gradients as their gradients; both are views, not copies."""
+        parameters = []
+        anchors, gradients = self.layout.per_parameter(self.anchor), self.layout.per_parameter(self.momentum)
+        for anchor, gradient in zip(anchors, gradients, strict=True):
+            parameter = Parameter(anchor)
+            parameter.grad = gradient
+            parameters.append(parameter)
+        return parameters
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout, and the outer optimizer's state of the parameters that stay."""
+        old = dict(zip(map(id, self.layout.parameters), self.outer.param_groups[0]["params"], strict=True))
+        states = self.outer.state
+        super().relayout(layout)
+        self.outer = self.make(self._outer_parameters())
+        for parameter, outer in zip(layout.parameters, self.outer.param_groups[0]["params"], strict=True):
+            if id(parameter) in old and old[id(parameter)] in states:
+                self.outer.state[outer] = states[old[id(parameter)]]
+
+    def outer_step(self, block: Block, difference: Tensor) -> None:
+        """Collect the outer gradient; the step itself needs all of them."""
+        block.of(self.momentum).copy_(difference)
+
+    def sync(self, round: Round) -> SyncReport:
+        """Average, then step the outer optimizer and restart from where it went."""
+        report = super().sync(round)
+        if round.levels & self.level:
+            with torch.no_grad():
+                self.outer.step()
+            self.layout.restore(self.anchor)
+        return report
+
+    def slow_state(self) -> dict[str, Any]:
+        """Anchor and the outer optimizer's state."""
+        return {"anchor": self.layout.per_parameter(self.anchor), "outer": self.outer.state_dict()}
+
+    def load_slow_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`slow_state` returned."""
+        super().load_slow_state(state | {"momentum": self.layout.per_parameter(self.momentum)})
+        self.outer.load_state_dict(state["outer"])

@@ -1,0 +1,177 @@
+"""The outer loop that SlowMo, BMUF and DiLoCo share: a base algorithm inside, an exact average, an outer step.
+
+Every ``sync_every`` steps the workers' parameters x are averaged and the difference of the last common point (the
+*anchor*) to that average is treated as a gradient: anchor <- anchor - step(anchor - mean(x)). All workers restart from
+the new anchor. The algorithms differ in ``step`` alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms import inner_buffers
+from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, copy_state
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block, Layout
+
+
+class RunningOuterLoop(Running):
+    """A base algorithm inside an outer loop.
+
+    Args:
+        base: the algorithm inside; it may communicate by itself between two outer steps.
+        sync_every: optimizer steps between outer steps.
+        buffers: what becomes of the optimizer's buffers at an outer step.
+        average: whether the parameters are averaged before the outer step.
+        optimizer: the user's own.
+        workers: who takes part.
+    """
+
+    def __init__(
+        self,
+        base: Algorithm,
+        sync_every: int,
+        buffers: Literal["reset", "maintain", "average"],
+        average: bool,
+        optimizer: Optimizer,
+        workers: Workers,
+    ) -> None:
+        self.base = base.bind(optimizer, workers)
+        super().__init__(optimizer, workers, self.base)
+        self.sync_every = sync_every
+        self.buffers = buffers
+        self.averages = average
+        self.level = self.base.level << 1
+        self.steps = 0
+        self.anchor = self.layout.snapshot()
+        self.momentum = self.layout.zeros()
+
+    @abstractmethod
+    def outer_step(self, block: Block, difference: Tensor) -> None:
+        """Move the anchor of one block.
+
+        Args:
+            block: which one.
+            difference: the anchor less the mean of the workers (without averaging: less this worker's parameters).
+        """
+
+    def begin_outer_step(self, round: Round) -> None:
+        """Prepare what is common to all buckets of an outer step."""
+
+    # The base's life goes on inside -----------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        """Local steps since the base's parameters were last averaged."""
+        return self.base.pending
+
+    @pending.setter
+    def pending(self, steps: int) -> None:
+        self.base.pending = steps
+
+    @property
+    def exchanges_gradients(self) -> bool:  # type: ignore[override]
+        """Whether the base does."""
+        return self.base.exchanges_gradients
+
+    def sync_gradients(self, round: Round) -> None:
+        """Let the base exchange gradients."""
+        self.base.sync_gradients(round)
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout; a parameter that joins starts from its present value, without momentum."""
+        anchor, momentum = layout.snapshot(), layout.zeros()
+        layout.carry(self.layout, self.anchor, anchor)
+        layout.carry(self.layout, self.momentum, momentum)
+        self.anchor, self.momentum = anchor, momentum
+        self.base.relayout(layout)
+        super().relayout(layout)
+
+    def after_step(self) -> None:
+        """Count a local step, here and in the base."""
+        self.base.after_step()
+        self.steps += 1
+
+    def due(self) -> int:
+        """The base's levels, and the outer step's own every ``sync_every`` steps."""
+        return self.base.due() | (self.level if self.steps >= self.sync_every else NOT_DUE)
+
+    # The outer step ---------------------------------------------------------------------------------------------------
+
+    def sync(self, round: Round) -> SyncReport:
+        """The base's own sync, an outer step, or both in one."""
+        if not round.levels & self.level:
+            return self.base.sync(round)
+        self.begin_outer_step(round)
+        if self.averages:  # one all-reduce serves the base and the outer step
+            self.base.drain()
+            report = SyncReport(drift=self.base.average(round, then=self._move))
+        else:
+            report = self.base.sync(round) if round.levels & (self.level - 1) else SyncReport()
+            for bucket in self.layout.buckets:
+                own = bucket.pack(self.scratch.take(bucket))
+                for block, values in bucket.blocks(own):
+                    self._move(block, values)
+                bucket.unpack(own)
+        self.steps = 0
+        if self.buffers == "reset":
+            inner_buffers.reset(self.optimizer)
+        elif self.buffers == "average":
+            inner_buffers.average(self.optimizer, self.workers)
+        return report
+
+    def _move(self, block: Block, mean: Tensor) -> None:
+        anchor = block.of(self.anchor)
+        # The memory of the mean serves for the difference too: a new buffer would cost more than the arithmetic.
+        difference = torch.sub(block.rounded(anchor), mean, out=mean)
+        self.outer_step(block, difference)
+        mean.copy_(anchor)
+
+    def drain(self) -> None:
+        """Take in the base's messages that are still in flight."""
+        self.base.drain()
+
+    def consensus(self, round: Round) -> None:
+        """The base's consensus."""
+        self.base.consensus(round)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def slow_state(self) -> dict[str, Any]:
+        """Anchor, momentum and whatever else a subclass carries from one outer step to the next."""
+        return {
+            "anchor": self.layout.per_parameter(self.anchor),
+            "momentum": self.layout.per_parameter(self.momentum),
+        }
+
+    def load_slow_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`slow_state` returned."""
+        copy_state(self.layout.per_parameter(self.anchor), state["anchor"], "anchor")
+        copy_state(self.layout.per_parameter(self.momentum), state["momentum"], "slow momentum")
+
+    def shared_state(self) -> dict[str, Any]:
+        """The slow state, which exact averaging keeps equal on all workers."""
+        return {"base": self.base.shared_state()} | ({"slow": self.slow_state()} if self.averages else {})
+
+    def local_state(self) -> dict[str, Any]:
+        """The counters, and without averaging the slow state too."""
+        own = {} if self.averages else {"slow": self.slow_state()}
+        return {"base": self.base.local_state(), "steps": self.steps} | own
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned."""
+        self.base.load_shared_state(state["base"])
+        if "slow" in state:
+            self.load_slow_state(state["slow"])
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned."""
+        self.base.load_local_state(state["base"])
+        self.steps = state["steps"]
+        if "slow" in state:
+            self.load_slow_state(state["slow"])

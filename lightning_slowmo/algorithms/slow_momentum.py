@@ -1,0 +1,118 @@
+"""SlowMo: slow momentum on top of any communication-efficient base optimizer.
+
+Wang, Tantia, Ballas, Rabbat, "SlowMo: Improving Communication-Efficient Distributed SGD with Slow Momentum",
+ICLR 2020, https://arxiv.org/abs/1910.00643, Algorithm 1. With base steps x, slow momentum u, inner learning rate
+gamma, slow learning rate alpha and m workers, after every tau base steps::
+
+    line 6    x[t,tau] = 1/m sum_i x_i[t,tau]                       exact average
+    line 7    u[t+1]   = beta u[t] + (x[t,0] - x[t,tau]) / gamma_t
+    line 8    x[t+1,0] = x[t,0] - alpha gamma_t u[t+1]
+
+Here the momentum is stored in units of the parameters, v = alpha gamma u, so that nothing is divided by a learning
+rate, which is 0 at the start of many warm-ups::
+
+    lines 7, 8    v = (gamma_t / gamma_{t-1}) beta v + alpha (x[t,0] - x[t,tau]);    x[t+1,0] = x[t,0] - v
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms import inner_buffers
+from lightning_slowmo.algorithms.base import Algorithm, Round, Running, check_momentum, check_period, check_rate
+from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
+from lightning_slowmo.algorithms.local_sgd import LocalSGD
+from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block
+
+
+@dataclass(frozen=True)
+class SlowMo(Algorithm):
+    """Slow momentum over a base algorithm.
+
+    Args:
+        base: what happens between two slow updates; by default local steps alone, ``LocalSGD(sync_every)``.
+        sync_every: optimizer steps between slow updates, the paper's tau.
+        slow_momentum: the paper's beta, in [0, 1). The paper tuned 0.4 to 0.8 case by case; more for more workers.
+        slow_lr: the paper's alpha. The paper always found 1 best.
+        inner_buffers: the optimizer's own buffers at a slow update: ``"reset"`` to zero, ``"maintain"`` each worker's,
+            ``"average"`` them (at the cost of more messages), or ``"auto"``: reset momentum, but maintain Adam's, as
+            in the paper.
+        average: False is the paper's no-average variant, which skips line 6 and relies on the base to mix.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example::
+
+        Trainer(strategy=SlowMoStrategy(SlowMo(sync_every=12, slow_momentum=0.7)))
+    """
+
+    base: Algorithm | None = None
+    sync_every: int = 12
+    slow_momentum: float = 0.5
+    slow_lr: float = 1.0
+    inner_buffers: InnerBuffers = "auto"
+    average: bool = True
+
+    def __post_init__(self) -> None:
+        check_period("sync_every", self.sync_every)
+        check_momentum("slow_momentum", self.slow_momentum)
+        check_rate("slow_lr", self.slow_lr)
+        inner_buffers.check(self.inner_buffers)
+        if self.base is None:
+            object.__setattr__(self, "base", LocalSGD(self.sync_every))
+
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state for one optimizer."""
+        return RunningSlowMo(self, optimizer, workers)
+
+
+class RunningSlowMo(RunningOuterLoop):
+    """SlowMo at work. ``anchor`` is x[t,0] and ``momentum`` is v.
+
+    ``momentum_rates`` holds, by parameter group, the learning rate at which v is expressed.
+    """
+
+    def __init__(self, config: SlowMo, optimizer: Optimizer, workers: Workers) -> None:
+        assert config.base is not None  # __post_init__ has set it
+        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
+        super().__init__(config.base, config.sync_every, treatment, config.average, optimizer, workers)
+        self.config = config
+        self.momentum_rates = self.rates()
+        self.carry = [0.0] * len(self.momentum_rates)
+
+    def begin_outer_step(self, round: Round) -> None:
+        """Line 7's factor of the old momentum, beta gamma_t / gamma_{t-1}, by parameter group."""
+        rates = self.agreed_rates(round)
+        old_rates = self.momentum_rates + rates[len(self.momentum_rates) :]  # groups may have joined
+        self.resting = [rate == 0 for rate in rates]
+        beta = self.config.slow_momentum
+        self.carry = [beta * (new / old if new and old else 1.0) for new, old in zip(rates, old_rates, strict=True)]
+        # A rate of 0 leaves the momentum in its old units, for the next rate that is not.
+        self.momentum_rates = [new or old for new, old in zip(rates, old_rates, strict=True)]
+
+    def outer_step(self, block: Block, difference: Tensor) -> None:
+        """Lines 7 and 8."""
+        alpha = self.config.slow_lr
+        anchor, v = block.of(self.anchor), block.of(self.momentum)
+        v.mul_(self.carry[block.group])
+        if self.resting[block.group]:  # gamma_t = 0: the momentum contributes alpha * 0 * u
+            anchor.sub_(difference, alpha=alpha)
+        else:
+            v.add_(difference, alpha=alpha)
+            anchor.sub_(v)
+
+    def slow_state(self) -> dict[str, Any]:
+        """Anchor, momentum, and the learning rates in which the momentum is expressed."""
+        return super().slow_state() | {"momentum_rates": self.momentum_rates}
+
+    def load_slow_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`slow_state` returned."""
+        super().load_slow_state(state)
+        self.momentum_rates = list(state["momentum_rates"])

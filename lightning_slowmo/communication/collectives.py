@@ -1,0 +1,138 @@
+"""Collective operations on whole parameter sets: bucket by bucket, a few in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block, Layout, Scratch
+
+DRIFT_SAMPLE = 2**18
+"""Drift is measured on about this many coordinates: all of them in a smaller model."""
+
+SAMPLE_PIECE = 64
+"""Neighbouring coordinates that are sampled together, so that a sample costs few cache misses."""
+
+
+class Drift:
+    """How far this worker is from the mean, relative to the norm of the mean.
+
+    Reading every coordinate twice more would cost a fifth of a sync, so a large model is sampled: evenly spaced pieces
+    of :data:`SAMPLE_PIECE` coordinates.
+
+    Args:
+        numel: number of coordinates in total.
+    """
+
+    def __init__(self, numel: int) -> None:
+        self._stride = max(1, numel // DRIFT_SAMPLE)
+        self._squares: list[Tensor] = []
+
+    def sample(self, flat: Tensor) -> Tensor:
+        """A copy of the coordinates to remember until the mean is known."""
+        return self._pieces(flat).clone()
+
+    def compare(self, local: Tensor, total: Tensor, weight: float) -> None:
+        """Take the difference of a sample to the mean, ``total / weight``, into account."""
+        mean = self._pieces(total) / weight
+        norms = torch.stack([torch.linalg.vector_norm(local.sub_(mean)), torch.linalg.vector_norm(mean)])
+        self._squares.append(norms.double().square())
+
+    def _pieces(self, flat: Tensor) -> Tensor:
+        if self._stride == 1:
+            return flat
+        row = SAMPLE_PIECE * self._stride
+        rows = flat.numel() // row
+        return flat[: rows * row].view(rows, row)[:, :SAMPLE_PIECE] if rows else flat[:SAMPLE_PIECE]
+
+    def value(self) -> float:
+        """The relative distance; 0 if there is nothing to compare."""
+        if not self._squares:
+            return 0.0
+        distance, norm = torch.stack([square.cpu() for square in self._squares]).sum(0).sqrt().tolist()
+        return distance / norm if norm else distance
+
+
+def average(
+    layout: Layout,
+    workers: Workers,
+    scratch: Scratch,
+    weights: Sequence[float] | None = None,
+    then: Callable[[Block, Tensor], None] | None = None,
+) -> float:
+    """Replace the parameters by their mean over the workers.
+
+    Args:
+        layout: the parameters.
+        workers: all of whom must call this.
+        scratch: buffers for the buckets in flight.
+        weights: weight of each worker, by rank; equal if None.
+        then: called with each block and its mean as soon as it has come, and may change the mean in place: what it
+            leaves there is what the parameters get.
+
+    Returns:
+        The drift: this worker's distance from the mean before, relative to the norm of the mean.
+    """
+    drift = Drift(layout.numel)
+    in_flight: deque = deque()
+
+    def arrive() -> None:
+        bucket, local, sum = in_flight.popleft()
+        flat = sum.wait()
+        drift.compare(local, flat, sum.weight)
+        for block, mean in bucket.blocks(flat):
+            if sum.weight != 1:
+                mean.mul_(1 / sum.weight)
+            if then is not None:
+                then(block, mean)
+        bucket.unpack(flat)
+
+    for bucket in layout.buckets:
+        if len(in_flight) == scratch.count:
+            arrive()
+        flat = bucket.pack(scratch.take(bucket))
+        local = drift.sample(flat)
+        in_flight.append((bucket, local, workers.sum(flat, weights)))
+    while in_flight:
+        arrive()
+    return drift.value()
+
+
+def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequence[float] | None = None) -> None:
+    """Replace float tensors by their mean over the workers, and others by worker 0's (for buffers).
+
+    Args:
+        tensors: of equal shapes and dtypes on all workers.
+        workers: all of whom must call this.
+        weights: weight of each worker, by rank; equal if None.
+    """
+    if workers.alone:
+        return
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    average(Layout([floats]), workers, Scratch(), weights)
+    broadcast_tensors([tensor for tensor in tensors if not tensor.is_floating_point()], workers)
+
+
+def broadcast_tensors(tensors: Sequence[Tensor], workers: Workers, source: int = 0) -> None:
+    """Replace tensors by those of one worker.
+
+    Args:
+        tensors: of equal shapes and dtypes on all workers.
+        workers: all of whom must call this.
+        source: rank of the worker whose tensors all get.
+    """
+    if workers.alone:
+        return
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for same in alike.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        workers.broadcast(flat, source)
+        for tensor, piece in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(piece.view(tensor.shape))

@@ -1,0 +1,422 @@
+"""How the engine lives in a Lightning Trainer, for ``lightning`` and for ``pytorch_lightning`` alike.
+
+:class:`SlowMoMixin` goes in front of either package's ``DDPStrategy``. From that it takes launchers, process group,
+samplers, ranks and devices; the model is not wrapped in DistributedDataParallel. The engine syncs at the end of
+``optimizer_step``: before the learning-rate scheduler moves on, and not while gradients accumulate.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo import checkpoint as checkpoints
+from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.communication import Reason, Workers, require_equal
+from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.engine import Engine
+from lightning_slowmo.presets import LAUNCHERS, PRESETS, preset
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy
+else:  # the mixin itself belongs to neither package
+    DDPStrategy = object
+
+SHARDING_PLUGINS = {"FSDPPrecision", "DeepSpeedPrecision", "XLAPrecision"}
+"""Precision plugins of strategies that shard the model or run elsewhere."""
+
+
+class SlowMoMixin(DDPStrategy):
+    """The part of :class:`~lightning_slowmo.SlowMoStrategy` that does not depend on which Lightning it serves.
+
+    Args:
+        algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
+        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for;
+            by default as long as ``timeout``.
+        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync.
+        accelerator: set by the Trainer.
+        parallel_devices: set by the Trainer.
+        cluster_environment: set by the Trainer, or a plugin of the user's.
+        checkpoint_io: set by the Trainer, or a plugin of the user's.
+        precision_plugin: set by the Trainer, or a plugin of the user's.
+        process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs.
+        timeout: limit for the operations of torch.distributed.
+        start_method: how processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        ValueError: if the algorithm's name is unknown; lists the known ones.
+    """
+
+    strategy_name = "slowmo"
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "slowmo",
+        sync_timeout: timedelta | None = None,
+        log_syncs: bool = True,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        if not isinstance(algorithm, (str, Algorithm)):
+            raise ValueError(
+                f"algorithm must be the name of a preset ({', '.join(PRESETS)}) or a configuration such as SlowMo(), "
+                f"got {algorithm!r}."
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.algorithm = preset(algorithm) if isinstance(algorithm, str) else algorithm
+        self.sync_timeout = sync_timeout or timeout or DEFAULT_TIMEOUT
+        self.log_syncs = log_syncs
+        self._forget()
+
+    def _forget(self) -> None:
+        """No engine, no groups: the state before :meth:`setup_environment`, and what travels to spawned processes."""
+        self.engine: Engine | None = None
+        self.workers = Workers()
+        self._world: Any = None
+        self._training = False
+        self._stepping = False
+        self._accumulating = False
+        self._restored = checkpoints.Restored()
+        self._undo: list[Callable[[], None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without process groups and buffers, which do not travel."""
+        state = super().__getstate__()
+        for name in ("engine", "workers", "_world", "_restored", "_undo"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """With new, empty ones."""
+        self._forget()
+        super().__setstate__(vars(self) | state)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register every preset, with the suffixes ``_spawn``, ``_fork`` and ``_notebook``."""
+        for name, algorithm in PRESETS.items():
+            for suffix, start_method in LAUNCHERS.items():
+                if name + suffix not in strategy_registry:
+                    strategy_registry.register(
+                        name + suffix,
+                        cls,
+                        description=f"{algorithm!r}, with `start_method` '{start_method}'",
+                        algorithm=name,
+                        start_method=start_method,
+                    )
+
+    @property
+    def report(self) -> SyncReport:
+        """Totals over all syncs of the present or last fit, on this worker."""
+        return self.engine.total if self.engine is not None else SyncReport(count=0)
+
+    # Setup ------------------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Refuse what cannot work before anything is started."""
+        if self.root_device.type == "mps":
+            raise ValueError(
+                "MPS devices cannot take part in torch.distributed. Use Trainer(accelerator='cpu', devices=...)."
+            )
+        plugin = type(self.precision_plugin)
+        if SHARDING_PLUGINS & {ancestor.__name__ for ancestor in plugin.__mro__}:
+            raise ValueError(
+                f"{plugin.__name__} belongs to a strategy that shards the model; {type(self).__name__} keeps a whole "
+                "model on each worker. Use Trainer(precision=...) instead."
+            )
+        super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the process group, then make this strategy's own groups beside it (once per process group)."""
+        super().setup_distributed()
+        if self._world is not dist.group.WORLD:
+            self.workers = Workers.from_world(self.sync_timeout, self.root_device)
+            self._world = dist.group.WORLD
+
+    def configure_ddp(self) -> None:
+        """Start all workers from rank 0's model, as DDP does, but do not wrap it: steps are local."""
+        assert self.model is not None
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        require_equal(
+            self.workers,
+            "The model",
+            "; ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()),
+            "Build the same model on every rank.",
+        )
+        with torch.no_grad():
+            broadcast_tensors(list(tensors.values()), self.workers)
+
+    def setup(self, trainer: Any) -> None:
+        """Set up model and optimizers as DDP does, then the engine."""
+        super().setup(trainer)
+        if trainer.state.fn != "fit":
+            return
+        self.engine = Engine(self.algorithm, self.optimizers, self.workers, module=self.lightning_module)
+        self._watch_optimizers()
+        self._quiet_sigterm(trainer)
+
+    def _watch_optimizers(self) -> None:
+        """Raise where an optimizer is stepped behind the strategy's back: it would never be synced."""
+
+        def complain(optimizer: Optimizer, *_: Any) -> None:
+            if self._training and not self._stepping:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was stepped without the strategy, so its parameters would never be "
+                    "synced. In manual optimization call step() on what self.optimizers() returns, not with "
+                    "use_pl_optimizer=False."
+                )
+
+        for optimizer in self.optimizers:
+            self._undo.append(optimizer.register_step_pre_hook(complain).remove)
+
+    def _quiet_sigterm(self, trainer: Any) -> None:
+        """Keep Lightning from broadcasting its SIGTERM flag before every batch: the header carries the flag."""
+        loop = trainer.fit_loop.epoch_loop
+        if hasattr(type(loop), "_broadcast_sigterm_tensor"):  # Lightning >= 2.5.2
+            loop._broadcast_sigterm_tensor = lambda: None
+            self._undo.append(lambda: delattr(loop, "_broadcast_sigterm_tensor"))
+        connector = trainer._signal_connector
+        if hasattr(type(connector), "_sigterm_notifier_fn"):
+            connector._sigterm_notifier_fn = self._on_sigterm
+            self._undo.append(lambda: delattr(connector, "_sigterm_notifier_fn"))
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        """Remember the signal for the next meeting, where all learn of it, and pass it on to child processes."""
+        assert self.engine is not None
+        first = not self.engine.terminate
+        self.engine.terminate = True
+        if first and self.launcher is not None:
+            self.launcher.kill(signal.Signals(signum))
+        if self.workers.alone:
+            self._trainer._signal_connector.received_sigterm = True
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _failed(self) -> bool:
+        """Whether this worker is on its way out after an exception: nobody may be waited for then."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module.trainer.state.status == "interrupted"
+
+    def on_train_start(self) -> None:
+        """From here on every communication begins with a meeting."""
+        super().on_train_start()
+        self._training = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin an epoch together."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0:
+            self._meet(Reason.EPOCH_START)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While gradients accumulate, they are not exchanged."""
+        self._accumulating = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulating = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Exchange gradients, for the algorithms that do, before they are clipped."""
+        super().post_backward(closure_loss)
+        if self._training and not self._accumulating:
+            assert self.engine is not None
+            with self._flags():
+                self.engine.after_backward()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step, then sync if it is time."""
+        assert self.engine is not None
+        unit = next(i for i, own in enumerate(self.optimizers) if own is optimizer)
+        self.engine.before_step(unit)
+        self._stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._stepping = False
+        with self._flags():
+            report = self.engine.after_step(unit)
+        if report is not None and self.log_syncs:
+            metrics = report.metrics() | {"sync/count": self.engine.total.count}
+            for logger in self._trainer.loggers:
+                logger.log_metrics(metrics, step=self._trainer.global_step)
+        return output
+
+    def on_train_end(self) -> None:
+        """All workers end with the consensus."""
+        super().on_train_end()
+        assert self.engine is not None
+        with self._flags():
+            self.engine.finish()
+        self._training = False
+
+    def _meet(self, reason: Reason) -> None:
+        """Meet before a collective of Lightning's own, so that a worker that is still training can come to it."""
+        if self._training and not self._failed and self.engine is not None and not self.engine.in_consensus:
+            with self._flags():
+                self.engine.meet(reason)
+
+    @contextmanager
+    def _flags(self) -> Iterator[None]:
+        """Take the Trainer's wish to stop to a meeting, and bring back everyone's."""
+        assert self.engine is not None
+        trainer = self._trainer
+        self.engine.stop = bool(trainer.should_stop)
+        yield
+        if self.engine.stop:
+            trainer.should_stop = True
+        if self.engine.must_terminate:
+            trainer._signal_connector.received_sigterm = True
+
+    # Lightning's own collectives --------------------------------------------------------------------------------------
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all workers; nobody is waited for after an exception."""
+        if self._failed:
+            return
+        self._meet(Reason.BARRIER)
+        super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Broadcast an object."""
+        self._meet(Reason.BROADCAST)
+        return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce a tensor, such as a metric."""
+        self._meet(Reason.REDUCE)
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather a tensor."""
+        self._meet(Reason.GATHER)
+        return super().all_gather(tensor, group, sync_grads)
+
+    # Consensus --------------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Validate the consensus."""
+        super().on_validation_start()
+        if self._trainer.state.fn == "fit" and self.engine is not None:
+            with self._flags():
+                self.engine.enter_consensus(Reason.VALIDATION)
+
+    def on_validation_end(self) -> None:
+        """Go on with this worker's own parameters."""
+        super().on_validation_end()
+        if self.engine is not None:
+            self.engine.leave_consensus()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights to save: the consensus."""
+        if not self._training or self._failed:
+            return super().lightning_module_state_dict()
+        assert self.engine is not None
+        with self._flags(), self.engine.consensus(Reason.SAVE):
+            state = super().lightning_module_state_dict()
+            # What is written must not change when the worker's own parameters come back, also by a writer in the
+            # background.
+            return {key: _cloned(value) for key, value in state.items()} if self.is_global_zero else state
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write Lightning's file, and beside it what differs by rank (unless only weights are saved)."""
+        write_main = lambda: super(SlowMoMixin, self).save_checkpoint(checkpoint, filepath, storage_options)  # noqa: E731
+        if self.engine is None or self._failed or "optimizer_states" not in checkpoint:
+            write_main()
+            return
+        checkpoints.save(
+            checkpoint,
+            filepath,
+            self.workers,
+            _kind(self.algorithm),
+            self.engine.shared_state(),
+            self.engine.local_state(),
+            (type(self.precision_plugin).__qualname__,),
+            write_main,
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read Lightning's file; to go on with training, also this rank's own state."""
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
+            self._restored = checkpoints.load(checkpoint, checkpoint_path, self.workers, _kind(self.algorithm))
+            if self._restored.warning:
+                rank_zero_warn(self._restored.warning)
+            checkpoint.update(self._restored.entries or {})
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore optimizers, then the engine, which needs their parameters."""
+        super().load_optimizer_state_dict(checkpoint)
+        assert self.engine is not None
+        if self._restored.shared is not None:
+            self.engine.load_shared_state(self._restored.shared)
+        if self._restored.local is not None:
+            self.engine.load_local_state(self._restored.local)
+        self._restored = checkpoints.Restored()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove Lightning's file and what lies beside it."""
+        if self.is_global_zero:
+            checkpoints.remove(filepath)
+        super().remove_checkpoint(filepath)
+
+    # End --------------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave word for the workers that will wait for this one, and communicate no more."""
+        self._training = False
+        self.workers.report_failure(f"{type(exception).__name__}: {exception}")
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Give Lightning back what was changed in it. The engine stays, so that the state can still be saved."""
+        self._training = False
+        while self._undo:
+            self._undo.pop()()
+        super().teardown()
+
+
+def _kind(algorithm: Algorithm) -> str:
+    """The algorithm's class and its base's: what decides whether saved state fits."""
+    base = getattr(algorithm, "base", None)
+    return type(algorithm).__name__ + (f" over {_kind(base)}" if base is not None else "")
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
