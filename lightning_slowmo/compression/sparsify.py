@@ -229,7 +229,7 @@ def top_indices(values: Tensor, k: int) -> Tensor:
 def _candidates(values: Tensor, k: int) -> Tensor | None:
     """Few indices that are certain to hold the largest ``k``; None if the sample misled."""
     length, device = values.numel(), values.device
-    sample = min(_SAMPLE, length // 8)
+    sample = min(_SAMPLE, length // 32)
     # Multiples of the golden section of the length: evenly spread, and in step with no period of the weights.
     places = torch.arange(sample, device=device) * int(0.6180339887 * length) % length
     expected = k / length * sample
