@@ -158,14 +158,15 @@ class Running(ABC):
     def sync_gradients(self, round: Round) -> None:
         """Exchange gradients. Called on all workers together, only if :attr:`exchanges_gradients`."""
 
-    def average(self, round: Round, then: Callable[[Block, Tensor], None] | None = None) -> float:
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
         """Exact average of the parameters: line 6 of SlowMo's Algorithm 1.
 
         Workers weigh as many steps as they took since the last sync, which is equal in all but uneven inputs.
 
         Args:
             round: the circumstances.
-            then: called with each block and its mean, which it may change.
+            then: called with each block, sum and weight; see
+                :func:`~lightning_slowmo.communication.collectives.average`.
 
         Returns:
             The drift of this worker.

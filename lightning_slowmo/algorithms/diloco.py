@@ -86,8 +86,8 @@ class RunningDiLoCo(RunningOuterLoop):
         """One step of SGD with Nesterov momentum."""
         eta, mu = self.config.outer_lr, self.config.outer_momentum
         anchor, v = block.of(self.anchor), block.of(self.momentum)
-        v.mul_(mu).add_(difference)
-        anchor.sub_(difference, alpha=eta).sub_(v, alpha=eta * mu)
+        torch.add(difference, v, alpha=mu, out=v)
+        anchor.sub_(difference.add_(v, alpha=mu), alpha=eta)
 
 
 class RunningOuterOptimizer(RunningOuterLoop):

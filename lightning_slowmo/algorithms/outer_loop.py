@@ -57,7 +57,8 @@ class RunningOuterLoop(Running):
 
         Args:
             block: which one.
-            difference: the anchor less the mean of the workers (without averaging: less this worker's parameters).
+            difference: the anchor less the mean of the workers (without averaging: less this worker's parameters);
+                may be overwritten.
         """
 
     def begin_outer_step(self, round: Round) -> None:
@@ -116,7 +117,7 @@ class RunningOuterLoop(Running):
             for bucket in self.layout.buckets:
                 own = bucket.pack(self.scratch.take(bucket))
                 for block, values in bucket.blocks(own):
-                    self._move(block, values)
+                    self._move(block, values, 1.0)
                 bucket.unpack(own)
         self.steps = 0
         if self.buffers == "reset":
@@ -125,12 +126,12 @@ class RunningOuterLoop(Running):
             inner_buffers.average(self.optimizer, self.workers)
         return report
 
-    def _move(self, block: Block, mean: Tensor) -> None:
+    def _move(self, block: Block, total: Tensor, weight: float) -> None:
         anchor = block.of(self.anchor)
-        # The memory of the mean serves for the difference too: a new buffer would cost more than the arithmetic.
-        difference = torch.sub(block.rounded(anchor), mean, out=mean)
+        # The memory of the sum serves for the difference too: a new buffer would cost more than the arithmetic.
+        difference = torch.sub(block.rounded(anchor), total, alpha=1 / weight, out=total)
         self.outer_step(block, difference)
-        mean.copy_(anchor)
+        total.copy_(anchor)
 
     def drain(self) -> None:
         """Take in the base's messages that are still in flight."""

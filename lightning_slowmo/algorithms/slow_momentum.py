@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -99,13 +100,14 @@ class RunningSlowMo(RunningOuterLoop):
 
     def outer_step(self, block: Block, difference: Tensor) -> None:
         """Lines 7 and 8."""
-        alpha = self.config.slow_lr
         anchor, v = block.of(self.anchor), block.of(self.momentum)
-        v.mul_(self.carry[block.group])
-        if self.resting[block.group]:  # gamma_t = 0: the momentum contributes alpha * 0 * u
-            anchor.sub_(difference, alpha=alpha)
+        if self.config.slow_lr != 1:
+            difference.mul_(self.config.slow_lr)
+        if self.resting[block.group]:  # gamma_t = 0: of alpha gamma_t u[t+1] only the difference remains
+            v.mul_(self.config.slow_momentum)
+            anchor.sub_(difference)
         else:
-            v.add_(difference, alpha=alpha)
+            torch.add(difference, v, alpha=self.carry[block.group], out=v)
             anchor.sub_(v)
 
     def slow_state(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def average(
     workers: Workers,
     scratch: Scratch,
     weights: Sequence[float] | None = None,
-    then: Callable[[Block, Tensor], None] | None = None,
+    then: Callable[[Block, Tensor, float], None] | None = None,
 ) -> float:
     """Replace the parameters by their mean over the workers.
 
@@ -71,8 +71,8 @@ def average(
         workers: all of whom must call this.
         scratch: buffers for the buckets in flight.
         weights: weight of each worker, by rank; equal if None.
-        then: called with each block and its mean as soon as it has come, and may change the mean in place: what it
-            leaves there is what the parameters get.
+        then: called with each block, the sum over the workers and their weight, as soon as the sum has come (while the
+            cache holds it). It overwrites the sum with what the parameters get instead of the mean, ``sum / weight``.
 
     Returns:
         The drift: this worker's distance from the mean before, relative to the norm of the mean.
@@ -84,11 +84,11 @@ def average(
         bucket, local, sum = in_flight.popleft()
         flat = sum.wait()
         drift.compare(local, flat, sum.weight)
-        for block, mean in bucket.blocks(flat):
-            if sum.weight != 1:
-                mean.mul_(1 / sum.weight)
+        for block, total in bucket.blocks(flat):
             if then is not None:
-                then(block, mean)
+                then(block, total, sum.weight)
+            elif sum.weight != 1:
+                total.mul_(1 / sum.weight)
         bucket.unpack(flat)
 
     for bucket in layout.buckets:
