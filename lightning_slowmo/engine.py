@@ -15,21 +15,27 @@ It knows nothing of Lightning; a plain PyTorch loop can drive it::
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, SyncReport
 from lightning_slowmo.communication.collectives import average_tensors
 from lightning_slowmo.communication.meeting import Header, Meeting, Reason, meet, require_equal
-from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
+
+POISON_CHECKED = (Reason.SYNC, Reason.VALIDATION, Reason.SAVE, Reason.TRAIN_END)
+"""Meetings before which a worker looks whether its parameters are finite: means follow them."""
 
 
 class Engine:
@@ -40,6 +46,10 @@ class Engine:
         optimizers: whose parameters are synced.
         workers: who takes part; each of them must construct its engine.
         module: the model whose buffers (BatchNorm statistics) belong to the consensus too.
+        everyone: all processes, if several of them make up one worker; they meet together, while each exchanges
+            parameters with ``workers`` alone.
+        on_nonfinite: what to do when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers, or
+            ``"skip"`` that worker, leave it out of the mean and give it the mean of the others.
 
     Attributes:
         stop: whether training is to stop. Set it on one worker, and after the next meeting it is set on all.
@@ -52,23 +62,34 @@ class Engine:
     """
 
     def __init__(
-        self, algorithm: Algorithm, optimizers: Sequence[Optimizer], workers: Workers, module: Module | None = None
+        self,
+        algorithm: Algorithm,
+        optimizers: Sequence[Optimizer],
+        workers: Workers,
+        module: Module | None = None,
+        everyone: Workers | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}.")
         self.algorithm = algorithm
         self.workers = workers
         self.module = module
+        self.everyone = workers if everyone is None else everyone
+        self.peers = None if everyone is None else dist.get_process_group_ranks(workers.data)
+        self.on_nonfinite = on_nonfinite
         self.stop = False
         self.terminate = False
         self.total = SyncReport(count=0)
         self.rounds = 0
         require_equal(
-            workers,
+            self.everyone,
             "The algorithm",
             repr(algorithm),
             "Construct the strategy with the same arguments on every rank.",
         )
         require_equal(
-            workers,
+            self.everyone,
             "The model",
             "; ".join(_describe(optimizers)),
             "Build the same model, and freeze the same parameters, on every rank.",
@@ -81,6 +102,7 @@ class Engine:
         self.last_meeting: Meeting | None = None
         self._local: list[list[Tensor]] | None = None
         self._local_buffers: list[Tensor] = []
+        self._moving: dict[str, Tensor] = {}
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -112,6 +134,7 @@ class Engine:
         """End training: every worker gets the consensus, whatever happened to its parameters since the last sync."""
         self.leave_consensus()
         self.meet(Reason.TRAIN_END)
+        self._look_for_moving()
         self._to_consensus()
 
     # Meetings ---------------------------------------------------------------------------------------------------------
@@ -128,15 +151,18 @@ class Engine:
             For a round, what it did.
         """
         while True:
-            start, before = time.perf_counter(), self.workers.traffic.copy()
-            meeting = self.last_meeting = meet(self._header(reason, unit, levels), self.workers)
+            start, before = time.perf_counter(), self._traffic()
+            meeting = self.last_meeting = meet(self._header(reason, unit, levels), self.everyone, self.peers)
             self.stop |= meeting.stop
             self.terminate |= meeting.terminate
+            self._check_poison(meeting)
             round = meeting.round
             if round is None:
+                for index, running in enumerate(self.units):
+                    running.regroup(self._round(meeting, Header(reason, index)))
                 return None
             report = self._take_part(meeting, round)
-            used = self.workers.traffic - before
+            used = self._traffic() - before
             report = replace(
                 report,
                 bytes_sent=used.sent,
@@ -156,17 +182,32 @@ class Engine:
         self.rounds += 1
         unit = self.units[header.unit]
         round = self._round(meeting, header)
-        if header.reason is Reason.SYNC:
-            return unit.sync(round)
-        unit.sync_gradients(round)
-        return SyncReport(count=0, drift=self.total.drift)
+        if header.reason is Reason.GRADIENTS:
+            unit.sync_gradients(round)
+            return SyncReport(count=0, drift=self.total.drift)
+        report = unit.sync(round)
+        self._average_moving(look=self.rounds <= 2)
+        if not all(round.healthy):
+            self._heal(header.unit, round)
+        return report
 
     def _round(self, meeting: Meeting, header: Header) -> Round:
-        pending = meeting.pending(header.unit)
-        return Round(header.levels, pending, meeting.present(header), meeting.same_rates)
+        return Round(
+            header.levels,
+            meeting.pending(header.unit),
+            meeting.present(header),
+            meeting.healthy(),
+            meeting.same_rates,
+        )
+
+    def _traffic(self) -> Traffic:
+        own = self.workers.traffic
+        return own.copy() if self.everyone is self.workers else own + self.everyone.traffic
 
     def _header(self, reason: Reason, unit: int, levels: int) -> Header:
         rates = [rate for running in self.units for rate in running.rates()]
+        waiting = not reason.is_round and any(running.pending for running in self.units)
+        checked = reason in POISON_CHECKED or waiting  # a worker that waits may have to take part in a sync
         return Header(
             reason,
             unit,
@@ -174,9 +215,40 @@ class Engine:
             round=self.rounds,
             stop=self.stop,
             terminate=self.terminate,
+            poisoned=checked and not all(running.is_finite() for running in self.units),
             rates=zlib.crc32(repr(rates).encode()),
             pending=tuple(running.pending for running in self.units),
         )
+
+    # Poison -----------------------------------------------------------------------------------------------------------
+
+    def _check_poison(self, meeting: Meeting) -> None:
+        """Raise, or warn that a worker is left out; all workers come to the same decision."""
+        sick = [name for name, header in zip(self.everyone.names, meeting.headers, strict=True) if header.poisoned]
+        if not sick:
+            return
+        what = f"The parameters of {', '.join(sick)} are NaN or infinite after {self.rounds} syncs."
+        if self.on_nonfinite == "raise":
+            raise SyncError(
+                f"{what} Nothing was averaged. Lower the learning rate, clip gradients, or leave such workers out with "
+                "on_nonfinite='skip'."
+            )
+        if not any(meeting.healthy()):
+            raise SyncError(f"{what} No worker is left to recover from.")
+        if self.everyone.rank == 0:
+            warnings.warn(f"{what} They are left out of the mean and get it back.", stacklevel=2)
+
+    def _heal(self, unit: int, round: Round) -> None:
+        """Give the workers that were left out what their parameters alone do not bring back to health."""
+        healthy = round.healthy[self.workers.rank]
+        buffers = self._buffers()
+        own = [buffer.clone() for buffer in buffers]
+        average_tensors(buffers, self.workers, [float(well) for well in round.healthy])
+        if healthy:
+            for buffer, value in zip(buffers, own, strict=True):
+                buffer.copy_(value)
+        else:
+            inner_buffers.reset(self.units[unit].optimizer)
 
     # Consensus --------------------------------------------------------------------------------------------------------
 
@@ -190,8 +262,9 @@ class Engine:
         if self.in_consensus:
             return
         self.meet(reason)
+        self._look_for_moving()
         self._local = [unit.layout.snapshot() for unit in self.units]
-        self._local_buffers = [buffer.clone() for buffer in self._buffers()]
+        self._local_buffers = [tensor.clone() for tensor in self._besides()]
         self._to_consensus()
 
     def leave_consensus(self) -> None:
@@ -201,8 +274,8 @@ class Engine:
         with torch.no_grad():
             for unit, snapshot in zip(self.units, self._local, strict=True):
                 unit.layout.restore(snapshot)
-            for buffer, own in zip(self._buffers(), self._local_buffers, strict=True):
-                buffer.copy_(own)
+            for tensor, own in zip(self._besides(), self._local_buffers, strict=True):
+                tensor.copy_(own)
         self._local, self._local_buffers = None, []
 
     @contextmanager
@@ -222,10 +295,43 @@ class Engine:
             for index, unit in enumerate(self.units):
                 unit.drain()
                 unit.consensus(self._round(self.last_meeting, Header(Reason.SYNC, index)))
-            average_tensors(self._buffers(), self.workers)
+            average_tensors(self._besides(), self.everyone, [float(not h.poisoned) for h in self.last_meeting.headers])
 
     def _buffers(self) -> list[Tensor]:
         return [] if self.module is None else [buffer.detach() for buffer in self.module.buffers()]
+
+    def _besides(self) -> list[Tensor]:
+        """What belongs to the consensus besides the trained parameters."""
+        return [*self._buffers(), *self._moving.values()]
+
+    # Tensors that no optimizer holds ----------------------------------------------------------------------------------
+
+    def _look_for_moving(self) -> None:
+        """Find parameters that no optimizer trains and that change all the same, such as an EMA teacher's.
+
+        Frozen parameters must keep their bits, and a mean of equal values can lose one; so a parameter is averaged
+        only once the workers' checksums of it differ.
+        """
+        if self.module is None or self.everyone.alone:
+            return
+        trained = {id(parameter) for unit in self.units for parameter in unit.layout.parameters}
+        others = {
+            name: parameter.detach()
+            for name, parameter in self.module.named_parameters()
+            if id(parameter) not in trained and name not in self._moving and parameter.numel()
+        }
+        if not others:
+            return
+        checksums = [float(tensor.sum(dtype=torch.float64)) for tensor in others.values()]
+        columns = zip(*self.everyone.gather(checksums, "checksums of untrained parameters"), strict=True)
+        differ = [name for name, column in zip(others, columns, strict=True) if len(set(column)) > 1]
+        self._moving |= {name: others[name] for name in differ}
+
+    def _average_moving(self, look: bool) -> None:
+        if look:
+            self._look_for_moving()
+        with torch.no_grad():
+            average_tensors(list(self._moving.values()), self.everyone)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -236,11 +342,12 @@ class Engine:
     def local_state(self) -> dict[str, Any]:
         """State of this worker alone, of plain values and tensors: also its own parameters and buffers."""
         own = self._local if self._local is not None else [unit.layout.snapshot() for unit in self.units]
-        buffers = self._local_buffers if self.in_consensus else self._buffers()
+        buffers = self._local_buffers if self.in_consensus else self._besides()
         return {
             "units": [unit.local_state() for unit in self.units],
             "rounds": self.rounds,
             "parameters": [unit.layout.per_parameter(flat) for unit, flat in zip(self.units, own, strict=True)],
+            "moving": list(self._moving),
             "buffers": list(buffers),
         }
 
@@ -257,7 +364,9 @@ class Engine:
                 unit.load_local_state(saved)
                 for parameter, own in zip(unit.layout.parameters, parameters, strict=True):
                     parameter.copy_(own)
-            for buffer, own in zip(self._buffers(), state["buffers"], strict=True):
+            named = dict(self.module.named_parameters()) if self.module is not None else {}
+            self._moving = {name: named[name].detach() for name in state["moving"]}
+            for buffer, own in zip(self._besides(), state["buffers"], strict=True):
                 buffer.copy_(own)
 
 

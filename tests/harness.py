@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import tempfile
@@ -111,7 +112,7 @@ def _collect(processes: list, receivers: list, limit: float, folder: str) -> lis
     for process, receiver in zip(processes, receivers, strict=True):
         if receiver.poll(max(0.0, deadline - time.monotonic())):
             try:
-                outcomes.append(receiver.recv())
+                outcomes.append(pickle.loads(receiver.recv_bytes()))
             except EOFError:
                 process.join(5)
                 outcomes.append((True, f"died with exit code {process.exitcode}"))
@@ -155,7 +156,7 @@ def _worker(
             outcome = (False, call(function, rank, size, arguments, folder))
         except BaseException as error:
             outcome = (True, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        sender.send(outcome)
+        sender.send_bytes(pickle.dumps(outcome))  # by value: tensors are not shared with a process that ends
         sender.close()
 
 

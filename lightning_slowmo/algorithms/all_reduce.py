@@ -29,6 +29,9 @@ class RunningAllReduce(Running):
 
     exchanges_gradients = True
 
+    def after_step(self) -> None:
+        """Nothing to count: a step is on common ground."""
+
     def due(self) -> int:
         """Never: equal gradients keep equal parameters equal."""
         return NOT_DUE
@@ -55,3 +58,9 @@ class RunningAllReduce(Running):
                 gradients.append(parameter.grad)
         weights = [float(present) for present in round.present]
         average_tensors(gradients, self.workers, weights)
+        self.pending = int(mine)
+
+    def regroup(self, round: Round) -> None:
+        """Workers whose inputs ended earlier have missed steps, and catch up with those who took them."""
+        if len(set(round.pending)) > 1:
+            self.average(round)

@@ -64,13 +64,21 @@ class Round:
         levels: which levels of the algorithm communicate, a bit mask, see :meth:`Running.due`.
         pending: local steps of each worker since the last sync, by rank.
         present: which workers came for this round; the others wait elsewhere (their inputs ended) and merely help.
+        healthy: which workers have finite parameters; the others are to be left out, and get what the rest agree on.
         same_rates: whether the learning rates are equal on all workers.
     """
 
     levels: int = 1
     pending: Sequence[int] = (1,)
     present: Sequence[bool] = (True,)
+    healthy: Sequence[bool] = (True,)
     same_rates: bool = True
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each worker in a mean: its local steps (equal if nobody took any), 0 if it is not healthy."""
+        steps = [pending * healthy for pending, healthy in zip(self.pending, self.healthy, strict=True)]
+        return [float(weight) for weight in (steps if any(steps) else self.healthy)]
 
 
 class Algorithm(ABC):
@@ -122,6 +130,15 @@ class Running(ABC):
         """The learning rate of each parameter group."""
         return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
 
+    def is_finite(self) -> bool:
+        """Whether all parameters are finite."""
+        parameters = [parameter.detach() for parameter in self.layout.parameters]
+        norms = torch._foreach_norm(parameters)
+        if all(norm.isfinite() for norm in norms):
+            return True
+        # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
+        return all(parameter.isfinite().all() for parameter in parameters)
+
     # Steps ------------------------------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
@@ -171,8 +188,7 @@ class Running(ABC):
         Returns:
             The drift of this worker.
         """
-        weights = round.pending if any(round.pending) else None
-        drift = average(self.layout, self.workers, self.scratch, weights, then)
+        drift = average(self.layout, self.workers, self.scratch, round.weights, then)
         self.pending = 0
         return drift
 
@@ -181,7 +197,7 @@ class Running(ABC):
 
     def consensus(self, round: Round) -> None:
         """Overwrite the parameters with the model that is evaluated and saved: the mean over the workers."""
-        average(self.layout, self.workers, self.scratch, round.pending if any(round.pending) else None)
+        average(self.layout, self.workers, self.scratch, round.weights)
 
     def agreed_rates(self, round: Round) -> list[float]:
         """The learning rates, by group; their mean over the workers if they differ (a local plateau scheduler)."""
@@ -189,6 +205,9 @@ class Running(ABC):
         if round.same_rates:
             return rates
         return [math.fsum(column) / self.workers.size for column in zip(*self.workers.gather(rates), strict=True)]
+
+    def regroup(self, round: Round) -> None:
+        """All workers have come to a meeting that is not a round, some of them perhaps from fewer steps than others."""
 
     # State ------------------------------------------------------------------------------------------------------------
 

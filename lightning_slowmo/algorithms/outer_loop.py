@@ -137,6 +137,10 @@ class RunningOuterLoop(Running):
         """Take in the base's messages that are still in flight."""
         self.base.drain()
 
+    def regroup(self, round: Round) -> None:
+        """Let the base's workers catch up with one another."""
+        self.base.regroup(round)
+
     def consensus(self, round: Round) -> None:
         """The base's consensus."""
         self.base.consensus(round)

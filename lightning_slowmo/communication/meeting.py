@@ -49,6 +49,7 @@ class Header:
         round: how many rounds it has taken part in; equal on all workers, or they have lost one another.
         stop: whether it wants training to stop.
         terminate: whether it received SIGTERM.
+        poisoned: whether its parameters contain NaN or infinity.
         rates: fingerprint of its learning rates, to see whether they are equal everywhere.
         pending: for each optimizer, local steps since the last sync.
     """
@@ -59,30 +60,36 @@ class Header:
     round: int = 0
     stop: bool = False
     terminate: bool = False
+    poisoned: bool = False
     rates: int = 0
     pending: tuple[int, ...] = ()
 
     def numbers(self) -> list[float]:
         """The header as it travels."""
-        head = (self.reason, self.unit, self.levels, self.round, self.stop, self.terminate, self.rates)
-        return [float(number) for number in (*head, *self.pending)]
+        flags = (self.stop, self.terminate, self.poisoned)
+        numbers = (self.reason, self.unit, self.levels, self.round, *flags, self.rates, *self.pending)
+        return [float(number) for number in numbers]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Header:
         """The header that :meth:`numbers` wrote."""
-        reason, unit, levels, round_, stop, terminate, rates, *pending = map(int, numbers)
-        return cls(Reason(reason), unit, levels, round_, bool(stop), bool(terminate), rates, tuple(pending))
+        reason, unit, levels, round_, stop, terminate, poisoned, rates, *pending = map(int, numbers)
+        flags = bool(stop), bool(terminate), bool(poisoned)
+        return cls(Reason(reason), unit, levels, round_, *flags, rates, tuple(pending))
 
 
 class Meeting:
     """The headers of all workers, and what follows from them: the same on every worker.
 
     Args:
-        headers: one per worker, by rank.
+        headers: one per process, by rank.
+        peers: of these, the workers between which parameters are exchanged, by rank; all if None. (With several
+            processes per worker, each process has peers of its own.)
     """
 
-    def __init__(self, headers: Sequence[Header]) -> None:
+    def __init__(self, headers: Sequence[Header], peers: Sequence[int] | None = None) -> None:
         self.headers = list(headers)
+        self.peers = self.headers if peers is None else [self.headers[rank] for rank in peers]
 
     @property
     def stop(self) -> bool:
@@ -114,11 +121,15 @@ class Meeting:
 
     def pending(self, unit: int) -> list[int]:
         """Local steps of each worker since the last sync of an optimizer, by rank."""
-        return [header.pending[unit] for header in self.headers]
+        return [header.pending[unit] for header in self.peers]
 
     def present(self, chosen: Header) -> list[bool]:
         """Which workers came for a round (the others wait elsewhere and merely help), by rank."""
-        return [header.reason == chosen.reason and header.unit == chosen.unit for header in self.headers]
+        return [header.reason == chosen.reason and header.unit == chosen.unit for header in self.peers]
+
+    def healthy(self) -> list[bool]:
+        """Which workers have finite parameters, by rank."""
+        return [not header.poisoned for header in self.peers]
 
     def check(self, workers: Workers) -> None:
         """Make sure that the workers belong together.
@@ -135,18 +146,20 @@ class Meeting:
             raise SyncError(f"The workers came together for different reasons: {came}. Do they run the same script?")
 
 
-def meet(header: Header, workers: Workers) -> Meeting:
+def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None) -> Meeting:
     """Meet the other workers.
 
     Args:
         header: this worker's.
-        workers: all of them.
+        workers: all processes.
+        peers: of these, the workers between which parameters are exchanged; all if None.
 
     Raises:
         SyncError: if somebody did not come in time, or came for something else.
     """
     purpose = header.reason.name.lower().replace("_", " ")
-    meeting = Meeting([Header.of(row) for row in workers.gather(header.numbers(), f"the meeting before {purpose}")])
+    rows = workers.gather(header.numbers(), f"the meeting before {purpose}")
+    meeting = Meeting([Header.of(row) for row in rows], peers)
     meeting.check(workers)
     return meeting
 

@@ -46,6 +46,9 @@ class Traffic:
         """The present counts."""
         return Traffic(**vars(self))
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
 
