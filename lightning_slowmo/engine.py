@@ -70,8 +70,7 @@ class Engine:
         everyone: Workers | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}.")
+        check_on_nonfinite(on_nonfinite)
         self.algorithm = algorithm
         self.workers = workers
         self.module = module
@@ -368,6 +367,12 @@ class Engine:
             self._moving = {name: named[name].detach() for name in state["moving"]}
             for buffer, own in zip(self._besides(), state["buffers"], strict=True):
                 buffer.copy_(own)
+
+
+def check_on_nonfinite(value: str) -> None:
+    """Raise ValueError unless ``value`` says what to do with a worker whose parameters are not finite."""
+    if value not in ("raise", "skip"):
+        raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {value!r}.")
 
 
 def _describe(optimizers: Sequence[Optimizer]) -> Iterator[str]:

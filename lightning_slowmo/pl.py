@@ -1,12 +1,23 @@
-"""The strategy for the ``pytorch_lightning`` package."""
+"""The strategy and the callback for the ``pytorch_lightning`` package."""
 
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
+from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.trainer_strategy import SlowMoMixin
 
 
 class SlowMoStrategy(SlowMoMixin, DDPStrategy):  # type: ignore[misc]  # noqa: D101
     __doc__ = SlowMoMixin.__doc__
+
+
+try:
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+except ImportError:  # older than 2.6
+    pass
+else:
+
+    class EMAAtSync(AtSyncMixin, EMAWeightAveraging):  # type: ignore[misc]  # noqa: D101
+        __doc__ = AtSyncMixin.__doc__
 
 
 SlowMoStrategy.register_strategies(StrategyRegistry)

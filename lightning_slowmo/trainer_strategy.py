@@ -17,14 +17,17 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.communication import Reason, Workers, require_equal
 from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.hierarchy import check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
-from lightning_slowmo.engine import Engine
+from lightning_slowmo.engine import Engine, check_on_nonfinite
 from lightning_slowmo.presets import LAUNCHERS, PRESETS, preset
 
 if TYPE_CHECKING:
@@ -43,6 +46,11 @@ class SlowMoMixin(DDPStrategy):
         algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
         sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for;
             by default as long as ``timeout``.
+        on_nonfinite: what happens when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers
+            before anything is averaged, or ``"skip"`` that worker and give it the mean of the others.
+        workers_per_node: processes of a machine (or ``"all"``) that make up one worker: DDP averages their gradients
+            at every step, and the algorithm runs between such nodes. None: every process is a worker.
+        ddp_kwargs: arguments for DistributedDataParallel inside nodes, such as ``{"find_unused_parameters": True}``.
         log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
@@ -63,6 +71,9 @@ class SlowMoMixin(DDPStrategy):
         self,
         algorithm: str | Algorithm = "slowmo",
         sync_timeout: timedelta | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        workers_per_node: int | Literal["all"] | None = None,
+        ddp_kwargs: dict[str, Any] | None = None,
         log_syncs: bool = True,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
@@ -90,13 +101,24 @@ class SlowMoMixin(DDPStrategy):
         )
         self.algorithm = preset(algorithm) if isinstance(algorithm, str) else algorithm
         self.sync_timeout = sync_timeout or timeout or DEFAULT_TIMEOUT
+        self.on_nonfinite = on_nonfinite
+        self.workers_per_node = workers_per_node
+        self.ddp_kwargs = ddp_kwargs or {}
         self.log_syncs = log_syncs
+        check_on_nonfinite(on_nonfinite)
+        check_per_node(workers_per_node)
+        if self.ddp_kwargs and workers_per_node is None:
+            raise ValueError(
+                "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
+            )
         self._forget()
 
     def _forget(self) -> None:
         """No engine, no groups: the state before :meth:`setup_environment`, and what travels to spawned processes."""
         self.engine: Engine | None = None
-        self.workers = Workers()
+        self.everyone = self.workers = Workers()
+        self.just_synced = False
+        self._node: Any = None
         self._world: Any = None
         self._training = False
         self._stepping = False
@@ -107,7 +129,7 @@ class SlowMoMixin(DDPStrategy):
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups and buffers, which do not travel."""
         state = super().__getstate__()
-        for name in ("engine", "workers", "_world", "_restored", "_undo"):
+        for name in ("engine", "workers", "everyone", "_node", "_world", "_restored", "_undo"):
             state.pop(name, None)
         return state
 
@@ -154,31 +176,66 @@ class SlowMoMixin(DDPStrategy):
     def setup_distributed(self) -> None:
         """Join the process group, then make this strategy's own groups beside it (once per process group)."""
         super().setup_distributed()
-        if self._world is not dist.group.WORLD:
-            self.workers = Workers.from_world(self.sync_timeout, self.root_device)
-            self._world = dist.group.WORLD
+        if self._world is dist.group.WORLD:
+            return
+        self._world = dist.group.WORLD
+        self.everyone = self.workers = Workers.from_world(self.sync_timeout, self.root_device)
+        if self.workers_per_node is not None:
+            self._node, self.workers = two_levels(
+                self.everyone,
+                self.workers_per_node,
+                self.node_rank,
+                self.local_rank,
+                self.sync_timeout,
+                self.root_device,
+            )
 
     def configure_ddp(self) -> None:
-        """Start all workers from rank 0's model, as DDP does, but do not wrap it: steps are local."""
+        """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""
         assert self.model is not None
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         require_equal(
-            self.workers,
+            self.everyone,
             "The model",
             "; ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()),
             "Build the same model on every rank.",
         )
         with torch.no_grad():
-            broadcast_tensors(list(tensors.values()), self.workers)
+            broadcast_tensors(list(tensors.values()), self.everyone)
+        if self._node is not None:
+            devices = self.determine_ddp_device_ids()
+            self.model = DistributedDataParallel(
+                self.model, device_ids=devices, process_group=self._node, **self.ddp_kwargs
+            )
 
     def setup(self, trainer: Any) -> None:
         """Set up model and optimizers as DDP does, then the engine."""
+        if trainer.state.fn == "fit" and self._layer_sync is not None:
+            self._layer_sync = self._layer_sync_inside_nodes()
         super().setup(trainer)
         if trainer.state.fn != "fit":
             return
-        self.engine = Engine(self.algorithm, self.optimizers, self.workers, module=self.lightning_module)
+        self.engine = Engine(
+            self.algorithm,
+            self.optimizers,
+            self.workers,
+            module=self.lightning_module,
+            everyone=self.everyone if self._node is not None else None,
+            on_nonfinite=self.on_nonfinite,
+        )
+        warn_of_hidden_collectives(trainer)
         self._watch_optimizers()
         self._quiet_sigterm(trainer)
+
+    def _layer_sync_inside_nodes(self) -> Any:
+        """SyncBatchNorm communicates in every forward pass, which only the processes of a node do together."""
+        if self._node is None:
+            raise ValueError(
+                "Trainer(sync_batchnorm=True) would make the workers wait for one another in every forward pass. Leave "
+                "it out: statistics are averaged with the consensus. Or share BatchNorm inside nodes with "
+                "SlowMoStrategy(workers_per_node='all')."
+            )
+        return NodeBatchNorm(self._layer_sync, self._node)
 
     def _watch_optimizers(self) -> None:
         """Raise where an optimizer is stepped behind the strategy's back: it would never be synced."""
@@ -212,7 +269,7 @@ class SlowMoMixin(DDPStrategy):
         self.engine.terminate = True
         if first and self.launcher is not None:
             self.launcher.kill(signal.Signals(signum))
-        if self.workers.alone:
+        if self.everyone.alone:
             self._trainer._signal_connector.received_sigterm = True
 
     # Training ---------------------------------------------------------------------------------------------------------
@@ -269,6 +326,7 @@ class SlowMoMixin(DDPStrategy):
             self._stepping = False
         with self._flags():
             report = self.engine.after_step(unit)
+        self.just_synced = report is not None
         if report is not None and self.log_syncs:
             metrics = report.metrics() | {"sync/count": self.engine.total.count}
             for logger in self._trainer.loggers:
@@ -362,7 +420,7 @@ class SlowMoMixin(DDPStrategy):
         checkpoints.save(
             checkpoint,
             filepath,
-            self.workers,
+            self.everyone,
             _kind(self.algorithm),
             self.engine.shared_state(),
             self.engine.local_state(),
@@ -374,7 +432,7 @@ class SlowMoMixin(DDPStrategy):
         """Read Lightning's file; to go on with training, also this rank's own state."""
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
-            self._restored = checkpoints.load(checkpoint, checkpoint_path, self.workers, _kind(self.algorithm))
+            self._restored = checkpoints.load(checkpoint, checkpoint_path, self.everyone, _kind(self.algorithm))
             if self._restored.warning:
                 rank_zero_warn(self._restored.warning)
             checkpoint.update(self._restored.entries or {})
@@ -401,7 +459,8 @@ class SlowMoMixin(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leave word for the workers that will wait for this one, and communicate no more."""
         self._training = False
-        self.workers.report_failure(f"{type(exception).__name__}: {exception}")
+        for workers in {id(workers): workers for workers in (self.everyone, self.workers)}.values():
+            workers.report_failure(f"{type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
     def teardown(self) -> None:
@@ -410,6 +469,47 @@ class SlowMoMixin(DDPStrategy):
         while self._undo:
             self._undo.pop()()
         super().teardown()
+
+
+class NodeBatchNorm:
+    """Lightning's SyncBatchNorm plugin, restricted to the processes of a node.
+
+    Args:
+        plugin: Lightning's own.
+        node: process group of the node.
+    """
+
+    def __init__(self, plugin: Any, node: dist.ProcessGroup) -> None:
+        self.plugin, self.node = plugin, node
+
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Convert BatchNorm layers."""
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=self.node)
+
+    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Convert them back."""
+        return self.plugin.revert(model)
+
+
+def warn_of_hidden_collectives(trainer: Any) -> None:
+    """Warn of settings that make the workers wait for one another at every step, and say what to use instead."""
+    for callback in trainer.callbacks:
+        names = {ancestor.__name__ for ancestor in type(callback).__mro__}
+        if "Timer" in names and getattr(callback, "_interval", None) == "step":
+            rank_zero_warn(
+                "max_time (or the Timer callback) broadcasts the clock after every batch, so local steps wait for rank "
+                "0. Use max_steps or max_epochs, or Timer(interval='epoch')."
+            )
+        if "ModelCheckpoint" in names and getattr(callback, "_train_time_interval", None) is not None:
+            rank_zero_warn(
+                "ModelCheckpoint(train_time_interval=...) broadcasts the clock after every batch, so local steps wait "
+                "for rank 0. Use every_n_train_steps, a multiple of sync_every."
+            )
+        if "WeightAveraging" in names and not isinstance(callback, AtSyncMixin):
+            rank_zero_warn(
+                f"{type(callback).__name__} averages each worker's local weights, which differ between syncs. Use "
+                "lightning_slowmo.callbacks.EMAAtSync."
+            )
 
 
 def _kind(algorithm: Algorithm) -> str:
