@@ -201,8 +201,13 @@ class Workers:
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 
-    def wait(self, work: dist.Work | None, purpose: str) -> None:
+    def wait(self, work: dist.Work | None, purpose: str, peers: Sequence[int] | None = None) -> None:
         """Wait for a communication to end, at most as long as the timeout.
+
+        Args:
+            work: what to wait for; nothing if None.
+            purpose: what it is for, for messages.
+            peers: the workers on whom it depends; all if None.
 
         Raises:
             SyncError: if it failed or took longer; names the workers who did not come, and why if that is known.
@@ -211,7 +216,7 @@ class Workers:
             if work is not None:
                 work.wait()
         except RuntimeError as error:
-            raise self._absence(purpose, error) from error
+            raise self._absence(purpose, error, peers) from error
 
     def report_failure(self, reason: str) -> None:
         """Leave word why this worker stops, for those who will wait for it."""
@@ -220,7 +225,7 @@ class Workers:
             with suppress(RuntimeError):  # the store's host may be gone, and this worker is failing anyway
                 store.set(f"failed/{self.rank}", reason[:2000])
 
-    def _absence(self, purpose: str, error: RuntimeError) -> SyncError:
+    def _absence(self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None) -> SyncError:
         """Find out who did not come: whoever waited in vain signs a list, and the others' names are missing in it."""
         message = f"{self.names[self.rank]} could not meet the other workers for {purpose}."
         store = self._store()
@@ -229,7 +234,7 @@ class Workers:
         try:
             meeting = f"{purpose}/{self.traffic.headers}/{self.traffic.collectives}"
             store.set(f"waited/{meeting}/{self.rank}", "")
-            others = [rank for rank in range(self.size) if rank != self.rank]
+            others = [rank for rank in (range(self.size) if peers is None else peers) if rank != self.rank]
             give_up = time.monotonic() + 3
             while True:
                 failed = [rank for rank in others if store.check([f"failed/{rank}"])]

@@ -1,0 +1,98 @@
+"""Messages between single workers: what one sends to its peers, and takes from them, in a step of gossip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_slowmo.communication.workers import Workers
+
+PURPOSE = "an exchange with its peers"
+
+
+class Delivery:
+    """Messages that are under way, or have come.
+
+    Args:
+        received: what has come or is to come, with the share of each message that is this worker's.
+        works: what to wait for, and the peers on whom it depends.
+        workers: all of them; may be left out when there is nothing to wait for.
+        sent: the message that this worker sends. It must not change before :meth:`wait` has returned, and it is kept
+            alive until then.
+    """
+
+    def __init__(
+        self,
+        received: Sequence[tuple[Tensor, float]],
+        works: Sequence[tuple[dist.Work, Sequence[int]]] = (),
+        workers: Workers | None = None,
+        sent: Tensor | None = None,
+    ) -> None:
+        self.received = received
+        self._works = works
+        self._workers = workers
+        self._sent = sent
+
+    def wait(self) -> None:
+        """Wait until this worker's message has gone and the peers' have come.
+
+        Raises:
+            SyncError: if a peer did not take part in time; names it.
+        """
+        for work, peers in self._works:
+            assert self._workers is not None
+            self._workers.wait(work, PURPOSE, peers)
+        self._works, self._sent = (), None
+
+    def add_to(self, target: Tensor) -> None:
+        """Wait, then add this worker's shares of the messages that came; they stay, and can be added again."""
+        self.wait()
+        for message, share in self.received:
+            target.add_(message, alpha=share)
+
+
+def exchange(
+    workers: Workers, message: Tensor, receivers: Sequence[int], senders: Sequence[tuple[int, float]]
+) -> Delivery:
+    """Start to send a message to some workers, and to receive one of the same size from others.
+
+    All sends and receives are posted together, so no order of the workers can make them wait for one another. Every
+    worker must call this equally often, also one that has nobody to send to or receive from at this step.
+
+    Args:
+        workers: all of them.
+        message: one-dimensional and contiguous; must stay as it is until the delivery has been waited for.
+        receivers: ranks of the workers that get the message.
+        senders: rank of each worker that sends one, and the share of its message that is this worker's.
+
+    Returns:
+        A handle to wait on.
+
+    Raises:
+        SyncError: if a peer is gone already.
+    """
+    if not receivers and not senders:
+        return Delivery([])
+    received = [(torch.empty_like(message), share) for _, share in senders]
+    peers = [*(rank for rank, _ in senders), *receivers]
+    buffers = [buffer for buffer, _ in received] + [message] * len(receivers)
+    kinds = [dist.irecv] * len(senders) + [dist.isend] * len(receivers)
+    operations = [_operation(workers, *each) for each in zip(kinds, buffers, peers, strict=True)]
+    size = message.numel() * message.element_size()
+    # Not a collective: how many there are differs between workers.
+    workers._count(len(receivers) * size, len(senders) * size, collectives=0)
+    try:
+        works = dist.batch_isend_irecv(operations)
+    except RuntimeError as error:
+        raise workers._absence(PURPOSE, error, peers) from error
+    # gloo gives a handle per message, NCCL one for all.
+    whom = [[peer] for peer in peers] if len(works) == len(peers) else [sorted(set(peers))] * len(works)
+    return Delivery(received, list(zip(works, whom, strict=True)), workers, message)
+
+
+def _operation(workers: Workers, kind: Callable, tensor: Tensor, peer: int) -> dist.P2POp:
+    assert workers.data is not None  # a worker that is alone has no peers
+    return dist.P2POp(kind, tensor, dist.get_global_rank(workers.data, peer), workers.data)
