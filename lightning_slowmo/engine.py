@@ -134,7 +134,7 @@ class Engine:
         self.leave_consensus()
         self.meet(Reason.TRAIN_END)
         self._look_for_moving()
-        self._to_consensus()
+        self._to_consensus(for_good=True)
 
     # Meetings ---------------------------------------------------------------------------------------------------------
 
@@ -288,12 +288,13 @@ class Engine:
             if entered:
                 self.leave_consensus()
 
-    def _to_consensus(self) -> None:
+    def _to_consensus(self, for_good: bool = False) -> None:
         assert self.last_meeting is not None  # every way here begins with one
         with torch.no_grad():
             for index, unit in enumerate(self.units):
                 unit.drain()
-                unit.consensus(self._round(self.last_meeting, Header(Reason.SYNC, index)))
+                round = self._round(self.last_meeting, Header(Reason.SYNC, index))
+                (unit.finish if for_good else unit.consensus)(round)
             average_tensors(self._besides(), self.everyone, [float(not h.poisoned) for h in self.last_meeting.headers])
 
     def _buffers(self) -> list[Tensor]:

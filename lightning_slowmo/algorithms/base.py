@@ -199,6 +199,10 @@ class Running(ABC):
         """Overwrite the parameters with the model that is evaluated and saved: the mean over the workers."""
         average(self.layout, self.workers, self.scratch, round.weights)
 
+    def finish(self, round: Round) -> None:
+        """End with the consensus for good: whoever trains on starts from it. Called on all workers together."""
+        self.consensus(round)
+
     def agreed_rates(self, round: Round) -> list[float]:
         """The learning rates, by group; their mean over the workers if they differ (a local plateau scheduler)."""
         rates = self.rates()

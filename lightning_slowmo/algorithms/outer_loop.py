@@ -145,6 +145,10 @@ class RunningOuterLoop(Running):
         """The base's consensus."""
         self.base.consensus(round)
 
+    def finish(self, round: Round) -> None:
+        """The base's end."""
+        self.base.finish(round)
+
     # State ------------------------------------------------------------------------------------------------------------
 
     def slow_state(self) -> dict[str, Any]:
