@@ -11,7 +11,7 @@ Importing this package registers its presets with every Lightning that is instal
 from importlib.util import find_spec
 
 from lightning_slowmo.__about__ import __version__
-from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, LocalSGD, SlowMo, SyncReport
+from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SyncReport
 from lightning_slowmo.communication import SyncError, Workers
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
@@ -28,6 +28,7 @@ __all__ = [
     "AllReduce",
     "DiLoCo",
     "Engine",
+    "Gossip",
     "LocalSGD",
     "SlowMo",
     "SlowMoStrategy",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, LocalSGD, SlowMo
+from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo
+
+_DPSGD = Gossip("ring", push_sum=False, order="combine_while_adapt")
 
 PRESETS: dict[str, Algorithm] = {
     "allreduce": AllReduce(),
@@ -10,6 +12,12 @@ PRESETS: dict[str, Algorithm] = {
     "slowmo": SlowMo(),
     "bmuf": BMUF(),
     "diloco": DiLoCo(),
+    "sgp": Gossip(),
+    "osgp": Gossip(overlap=1),
+    "dpsgd": _DPSGD,
+    "slowmo_sgp": SlowMo(Gossip(), sync_every=48),
+    "slowmo_osgp": SlowMo(Gossip(overlap=1), sync_every=48),
+    "slowmo_dpsgd": SlowMo(_DPSGD, sync_every=48),
 }
 """Every preset, by name."""
 

@@ -4,7 +4,8 @@ from lightning_slowmo.algorithms.all_reduce import AllReduce
 from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport
 from lightning_slowmo.algorithms.block_momentum import BMUF
 from lightning_slowmo.algorithms.diloco import DiLoCo
+from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.slow_momentum import SlowMo
 
-__all__ = ["BMUF", "Algorithm", "AllReduce", "DiLoCo", "LocalSGD", "Round", "Running", "SlowMo", "SyncReport"]
+__all__ = ["BMUF", "Algorithm", "AllReduce", "DiLoCo", "Gossip", "LocalSGD", "Round", "Running", "SlowMo", "SyncReport"]

@@ -1,0 +1,341 @@
+"""Gossip: at every step a worker mixes its model with those of a few peers; nobody waits for a global average.
+
+Three algorithms that differ in when a message is mixed in and in what keeps the mean right:
+
+* SGP, stochastic gradient push. Assran, Loizou, Ballas, Rabbat, "Stochastic Gradient Push for Distributed Deep
+  Learning", ICML 2019, https://arxiv.org/abs/1811.10792. Weights need only be column-stochastic, so a graph may be
+  directed and irregular: beside its *numerators* x, each worker carries a *push-sum weight* w that is mixed in the same
+  way, and takes its gradients at the de-biased model z = x / w::
+
+      x_i½ = x_i - gamma_t d_i(z_i);    x_i = sum_j p_ij x_j½;    w_i = sum_j p_ij w_j;    z_i = x_i / w_i
+
+* OSGP, overlap SGP (same paper): a message is mixed in ``overlap`` steps after it was sent, and travels meanwhile.
+* D-PSGD. Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms?", NeurIPS 2017,
+  https://arxiv.org/abs/1705.09056: doubly stochastic weights, which need no push-sum, and ``combine_while_adapt``::
+
+      x_i = sum_j w_ij x_j - gamma_t d_i(x_i)
+
+The module's parameters hold z at all times. The push-sum weights follow from the mixing matrices alone, which everyone
+knows; so every worker computes those of all, and they need not be sent. Where they stay at one (doubly stochastic
+weights and no overlap), x *is* the parameters and large ones are sent from their own memory. Elsewhere x is kept beside
+them, and a step d of whatever optimizer is read off as x / w less the parameters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
+from lightning_slowmo.communication.collectives import Drift, average
+from lightning_slowmo.communication.exchange import Delivery, exchange
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Block, Bucket, Layout
+from lightning_slowmo.topology import Mixing, make
+
+Order = Literal["adapt_then_combine", "combine_while_adapt"]
+"""Whether what is mixed has this step's gradient in it already, or gets it afterwards."""
+
+
+@dataclass(frozen=True)
+class Gossip(Algorithm):
+    """Mix the model with a few peers' after every optimizer step.
+
+    Args:
+        topology: who sends to whom: a name of :data:`lightning_slowmo.topology.NAMES`, a networkx graph, a mixing
+            matrix, or a sequence of these, see :func:`lightning_slowmo.topology.make`.
+        push_sum: whether to carry push-sum weights. Without them the weights must be doubly stochastic.
+        overlap: after how many steps a message is mixed in. 0 waits for it, 1 gives it a step's computation to travel.
+            It costs the memory of a model for each message sent and received, per step of delay.
+        mixing: how a graph is weighted: ``"uniform"`` or ``"metropolis"``.
+        order: ``"adapt_then_combine"`` steps, then mixes the result. ``"combine_while_adapt"`` mixes the models from
+            before the step and adds the step, as in D-PSGD's listing.
+
+    Raises:
+        ValueError: if an argument is out of its range, or they are at odds with one another. :meth:`bind` raises it if
+            the topology does not fit the number of workers.
+
+    Example::
+
+        Trainer(strategy=SlowMoStrategy(SlowMo(base=Gossip("one_peer_exponential"), sync_every=48)))
+    """
+
+    topology: Any = "one_peer_exponential"
+    push_sum: bool = True
+    overlap: int = 0
+    mixing: Mixing = "uniform"
+    order: Order = "adapt_then_combine"
+
+    def __post_init__(self) -> None:
+        graph = make(self.topology, self.mixing)
+        if not isinstance(self.topology, str):  # a value instead of a graph, which neither compares nor prints as one
+            object.__setattr__(self, "topology", graph)
+        check_period("overlap", self.overlap, least=0)
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}.")
+        if not isinstance(self.push_sum, bool):
+            raise ValueError(f"push_sum must be True or False, got {self.push_sum!r}.")
+        if self.overlap and not self.push_sum:
+            raise ValueError("overlap needs push_sum=True: while mass is in flight, only its weight says how much.")
+
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state for one optimizer."""
+        return RunningGossip(self, optimizer, workers)
+
+
+@dataclass
+class Late:
+    """The messages of one step that have not been mixed in yet.
+
+    Attributes:
+        weights: by how much they raise the push-sum weight of each worker, by rank.
+        deliveries: what comes to this worker, one for each bucket in order.
+    """
+
+    weights: np.ndarray
+    deliveries: deque[Delivery] = field(default_factory=deque)
+
+    @classmethod
+    def landed(cls, weights: Iterable[float], layout: Layout, buffers: list[Tensor]) -> Late:
+        """Messages that have come, from their sum as :meth:`total` gave it."""
+        pieces = (bucket.of(buffers) for bucket in layout.buckets)
+        return cls(np.array(weights), deque(Delivery([(piece, 1.0)]) for piece in pieces))
+
+    def total(self, layout: Layout) -> list[Tensor]:
+        """What the messages add to this worker's numerators, one flat tensor per run."""
+        buffers = layout.zeros()
+        for bucket, delivery in zip(layout.buckets, self.deliveries, strict=True):
+            delivery.add_to(bucket.of(buffers))
+        return buffers
+
+
+class RunningGossip(Running):
+    """Gossip at work.
+
+    Attributes:
+        schedule: the mixing matrices.
+        step: rounds so far, which is the schedule's step; equal on all workers.
+        weights: the push-sum weight w of every worker, by rank.
+        numerators: x after the last round, one flat tensor per run; None where it is the parameters themselves.
+        in_flight: messages not mixed in yet, the oldest first; at most ``overlap`` steps of them.
+    """
+
+    def __init__(self, config: Gossip, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self.config = config
+        self.schedule = make(config.topology, config.mixing).on(workers.size)
+        if not (config.push_sum or self.schedule.doubly_stochastic):
+            raise ValueError(
+                f"Without push-sum, the weights must be doubly stochastic, and those of {config.topology!r} on "
+                f"{workers.size} workers are not. Use push_sum=True, or mixing='metropolis' if the graph is undirected."
+            )
+        self.step = 0
+        self.weights = np.ones(workers.size)
+        self.in_flight: deque[Late] = deque()
+        self.numerators: list[Tensor] | None = None
+        self._weighted = config.overlap > 0 or not self.schedule.doubly_stochastic
+        if not workers.alone:
+            if self._weighted or config.order == "combine_while_adapt":
+                self.numerators = self.layout.snapshot()
+            # NCCL wants all workers in the first communication of a group, and not everybody has a peer at every step.
+            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
+
+    @property
+    def weight(self) -> float:
+        """This worker's push-sum weight."""
+        return float(self.weights[self.workers.rank])
+
+    def due(self) -> int:
+        """Level 1 after every step."""
+        return 1 if self.pending else NOT_DUE
+
+    # Rounds -----------------------------------------------------------------------------------------------------------
+
+    def sync(self, round: Round) -> SyncReport:
+        """Send this worker's model, and mix in what came.
+
+        The drift is an estimate: this worker's distance from the mix that it makes, as the mean of all is not known.
+        """
+        if self.workers.alone:
+            self.pending = 0
+            return SyncReport()
+        if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
+            return SyncReport(drift=self.average(round))
+        drift = self._mix()
+        self.step += 1
+        self.pending = 0
+        return SyncReport(drift=drift)
+
+    def _mix(self) -> float:
+        """One step of gossip, bucket by bucket, a few of them in flight. Returns the drift."""
+        plan = self.schedule.exchange(self.workers.rank, self.step)
+        matrix = self.schedule.weights(self.step)
+        old, kept = self.weight, matrix.diagonal() * self.weights
+        leaving = Late(matrix @ self.weights - kept)
+        self.in_flight.append(leaving)
+        arriving = [self.in_flight.popleft() for _ in range(len(self.in_flight) - self.config.overlap)]
+        if self._weighted:
+            self.weights = sum((late.weights for late in arriving), kept)
+        drift = Drift(self.layout.numel)
+        waiting: deque[tuple[Bucket, Tensor, Tensor, Tensor, Tensor | None]] = deque()
+
+        def arrive() -> None:
+            bucket, local, model, x, step = waiting.popleft()
+            deliveries = [late.deliveries.popleft() for late in arriving]
+            for delivery in deliveries:  # before x, which may be on its way, is overwritten
+                delivery.wait()
+            x.mul_(plan.self_weight)
+            for delivery in deliveries:
+                delivery.add_to(x)
+            if step is not None:
+                x.add_(step)
+            if x is not model:
+                torch.div(x, self.weight, out=model)
+            drift.compare(local, model, 1.0)
+            bucket.unpack(model)
+
+        receivers = [peer for peer, _ in plan.sends]
+        for bucket in self.layout.buckets:
+            if len(waiting) == self.scratch.count:
+                arrive()
+            model = bucket.pack(self.scratch.take(bucket))
+            local, x, step = drift.sample(model), model, None
+            if self.numerators is not None:
+                x = bucket.of(self.numerators)
+                step = model.sub_(_held(bucket, x / old))
+                if self.config.order == "adapt_then_combine":
+                    x.add_(step)
+                    step = None
+            message = x.clone() if self.config.overlap else x
+            leaving.deliveries.append(exchange(self.workers, message, receivers, plan.receives))
+            waiting.append((bucket, local, model, x, step))
+        while waiting:
+            arrive()
+        return drift.value()
+
+    def drain(self) -> None:
+        """Wait until the messages in flight have come. They stay where they are until it is their turn."""
+        for late in self.in_flight:
+            for delivery in late.deliveries:
+                delivery.wait()
+
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+        """Exact average of all mass, that in flight included; gossip begins anew from it, with weights of one.
+
+        It stands in for the round of a step, so the schedule moves on. Workers weigh as much mass as they hold: the
+        steps that each took are in the mass of all, and to weigh by them would count some twice.
+        """
+        drift = average(self.layout, self.workers, self.scratch, self._gather_mass(round), then)
+        self.in_flight.clear()
+        self.weights = np.ones(self.workers.size)
+        if self.numerators is not None:
+            self.numerators = self.layout.snapshot()
+        self.step += 1
+        self.pending = 0
+        return drift
+
+    def consensus(self, round: Round) -> None:
+        """Overwrite the parameters with the mean of all mass, that in flight included, which stays in flight."""
+        average(self.layout, self.workers, self.scratch, self._gather_mass(round))
+
+    def finish(self, round: Round) -> None:
+        """End with an exact average."""
+        self.average(round)
+
+    def _gather_mass(self, round: Round) -> list[float]:
+        """Let the parameters hold the de-biased model of all mass that is this worker's, also that on its way here.
+
+        Numerators and weights stay as they are, so what is overwritten can be restored.
+
+        Returns:
+            The push-sum weight that each worker then has; 0 for those who are not healthy.
+        """
+        weights = sum((late.weights for late in self.in_flight), self.weights)
+        if self.numerators is not None:
+            arriving = [late.total(self.layout) for late in self.in_flight]
+            for bucket in self.layout.buckets:
+                x = bucket.of(self.numerators)
+                model = bucket.pack(self.scratch.take(bucket))
+                model.sub_(_held(bucket, x / self.weight)).add_(x)  # x, and a step that was not mixed in yet
+                for buffers in arriving:
+                    model.add_(bucket.of(buffers))
+                bucket.unpack(model.div_(weights[self.workers.rank]))
+        return [float(weight) * healthy for weight, healthy in zip(weights, round.healthy, strict=True)]
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout.
+
+        What is in flight of a parameter that joins counts as if the senders had had this worker's value of it, which is
+        so wherever it was the same for all until now.
+        """
+        if self.numerators is not None:
+            self.numerators, *arriving = [
+                self._carried(layout, buffers, float(weights[self.workers.rank]))
+                for buffers, weights in [
+                    (self.numerators, self.weights),
+                    *((late.total(self.layout), late.weights) for late in self.in_flight),
+                ]
+            ]
+            pairs = zip(self.in_flight, arriving, strict=True)
+            self.in_flight = deque(Late.landed(late.weights, layout, buffers) for late, buffers in pairs)
+        super().relayout(layout)
+
+    def _carried(self, layout: Layout, buffers: list[Tensor], weight: float) -> list[Tensor]:
+        """Numerators in a new layout; those of parameters that join are their present values times the weight."""
+        carried = [flat.mul_(weight) for flat in layout.snapshot()]
+        layout.carry(self.layout, buffers, carried)
+        return carried
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """The phase of the schedule."""
+        return {"step": self.step}
+
+    def local_state(self) -> dict[str, Any]:
+        """Push-sum weights, numerators, and the messages in flight, which are waited for."""
+        return super().local_state() | {
+            "weights": self.weights.tolist(),
+            "numerators": self.layout.per_parameter(self.numerators) if self.numerators is not None else [],
+            "in_flight": [
+                {"weights": late.weights.tolist(), "numerators": self.layout.per_parameter(late.total(self.layout))}
+                for late in self.in_flight
+            ],
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
+        self.step = state["step"]
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned.
+
+        Raises:
+            ValueError: if it is of a gossip that keeps other state.
+        """
+        if bool(state["numerators"]) != (self.numerators is not None):
+            raise ValueError(
+                "The checkpoint was saved with other settings of Gossip, which keep other state. Resume with the same "
+                "topology, overlap and order, or load the weights alone."
+            )
+        super().load_local_state(state)
+        self.weights = np.array(state["weights"])
+        self.in_flight.clear()
+        if self.numerators is not None:
+            copy_state(self.layout.per_parameter(self.numerators), state["numerators"], "push-sum numerators")
+        for late in state["in_flight"]:
+            buffers = self.layout.zeros()
+            copy_state(self.layout.per_parameter(buffers), late["numerators"], "messages in flight")
+            self.in_flight.append(Late.landed(late["weights"], self.layout, buffers))
+
+
+def _held(bucket: Bucket, flat: Tensor) -> Tensor:
+    """Values as the parameters of a bucket hold them, rounded to their dtype."""
+    return flat.to(bucket.spans[0][0].dtype).to(flat.dtype)
