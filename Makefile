@@ -1,0 +1,50 @@
+# Everything happens in .venv: Python >= 3.10 and make are all that a machine needs.
+#
+# A set of extras is installed once and noted in a stamp file inside .venv, so that removing .venv forgets all of them.
+# The stamps are older than a changed pyproject.toml, and then the set-up runs again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := quickstart dev everything
+extras-quickstart := quickstart
+extras-dev := dev
+extras-everything := dev,translation
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test faults lint format clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: .venv/everything.stamp  ## the whole environment, with all extras
+
+quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four strategies: a table and quickstart.png
+	$(BIN)/python examples/quickstart.py
+
+test: lint  ## lint, type-check, and run all tests but the slow ones
+	$(BIN)/python -m pytest -m "not faults"
+
+faults: .venv/dev.stamp  ## run the slow tests: workers that die, wait and fail
+	$(BIN)/python -m pytest -m faults
+
+lint: .venv/dev.stamp  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/dev.stamp  ## bring the code into the form that lint wants
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv and what runs leave behind
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv resolves and installs in a fraction of pip's time; it is itself installed into .venv.
+$(BIN)/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(EXTRAS:%=.venv/%.stamp): .venv/%.stamp: pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python --editable ".[$(extras-$*)]"
+	@touch $@
