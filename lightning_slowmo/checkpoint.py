@@ -74,7 +74,7 @@ def save(
 
     Args:
         checkpoint: Lightning's dictionary, to which a note of the per-rank files is added.
-        path: of the main file.
+        path: of the main file; where they differ (a worker with fewer batches counts fewer steps), rank 0's counts.
         workers: all of them.
         algorithm: what kind of state this is.
         shared: slow state that is equal on all workers.
@@ -82,9 +82,12 @@ def save(
         per_rank: further entries of ``checkpoint`` of which every rank keeps its own.
         write_main: writes the main file (on the rank that does).
     """
+    path = workers.gather_text(str(path))[0]
     name = f"{int(workers.gather([secrets.randbits(52)], 'naming a checkpoint')[0][0]):013x}"
     checkpoint[KEY] = {"version": VERSION, "name": name, "world_size": workers.size, "algorithm": algorithm}
-    entries = {key: checkpoint[key] for key in (*PER_RANK, *per_rank) if is_plain(checkpoint.get(key))}
+    entries = {
+        key: checkpoint[key] for key in (*PER_RANK, *per_rank) if key in checkpoint and is_plain(checkpoint[key])
+    }
     folder = f"{_folder(path)}/{name}"
     _write({"local": local, "entries": entries}, f"{folder}/{_rank_file(workers.rank)}")
     if workers.rank == 0:
@@ -154,7 +157,8 @@ def is_plain(value: Any) -> bool:
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
     if type(value) in (list, tuple, set):
         return all(map(is_plain, value))
-    return type(value) in (bool, int, float, complex, str, bytes, torch.dtype) or isinstance(value, Tensor)
+    plain = (type(None), bool, int, float, complex, str, bytes, torch.dtype)  # None: many an optimizer's options
+    return type(value) in plain or isinstance(value, Tensor)
 
 
 def _folder(path: str | os.PathLike) -> str:
