@@ -50,10 +50,14 @@ class Engine:
             parameters with ``workers`` alone.
         on_nonfinite: what to do when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers, or
             ``"skip"`` that worker, leave it out of the mean and give it the mean of the others.
+        shard_slow_state: whether each worker keeps a piece of anchor and momentum only.
+        offload_slow_state: ``"cpu"`` to keep anchor and momentum in the CPU's memory.
 
     Attributes:
         stop: whether training is to stop. Set it on one worker, and after the next meeting it is set on all.
         terminate: the same for SIGTERM.
+        save: the same for a checkpoint that is to be written once all workers are between two batches, see
+            :meth:`pause`.
         total: totals over all syncs so far.
 
     Raises:
@@ -69,8 +73,12 @@ class Engine:
         module: Module | None = None,
         everyone: Workers | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        shard_slow_state: bool = False,
+        offload_slow_state: Literal["cpu"] | None = None,
     ) -> None:
         check_on_nonfinite(on_nonfinite)
+        if offload_slow_state not in ("cpu", None):
+            raise ValueError(f"offload_slow_state must be 'cpu' or None, got {offload_slow_state!r}.")
         self.algorithm = algorithm
         self.workers = workers
         self.module = module
@@ -79,6 +87,7 @@ class Engine:
         self.on_nonfinite = on_nonfinite
         self.stop = False
         self.terminate = False
+        self.save = False
         self.total = SyncReport(count=0)
         self.rounds = 0
         require_equal(
@@ -98,6 +107,9 @@ class Engine:
         ):
             raise ValueError("There is nothing to train: the optimizers hold no parameter that requires a gradient.")
         self.units = [algorithm.bind(optimizer, workers) for optimizer in optimizers]
+        if shard_slow_state or offload_slow_state:
+            for unit in self.units:
+                unit.place_slow_state(shard_slow_state, offload_slow_state is not None)
         self.last_meeting: Meeting | None = None
         self._local: list[list[Tensor]] | None = None
         self._local_buffers: list[Tensor] = []
@@ -154,8 +166,13 @@ class Engine:
             meeting = self.last_meeting = meet(self._header(reason, unit, levels), self.everyone, self.peers)
             self.stop |= meeting.stop
             self.terminate |= meeting.terminate
+            self.save |= meeting.save
             self._check_poison(meeting)
             round = meeting.round
+            if round is None and meeting.scattered:
+                if reason is Reason.PAUSE:
+                    return None
+                continue
             if round is None:
                 for index, running in enumerate(self.units):
                     running.regroup(self._round(meeting, Header(reason, index)))
@@ -171,6 +188,16 @@ class Engine:
             self.total = self.total + report
             if (round.reason, round.unit) == (reason, unit):
                 return report
+
+    def pause(self) -> bool:
+        """Come between two batches, to do something that all workers must do together.
+
+        Returns:
+            Whether all workers are here. If not, some have other business first, and this one is to go on training.
+        """
+        self.meet(Reason.PAUSE)
+        assert self.last_meeting is not None
+        return not self.last_meeting.scattered
 
     @property
     def must_terminate(self) -> bool:
@@ -214,6 +241,7 @@ class Engine:
             round=self.rounds,
             stop=self.stop,
             terminate=self.terminate,
+            save=self.save,
             poisoned=checked and not all(running.is_finite() for running in self.units),
             rates=zlib.crc32(repr(rates).encode()),
             pending=tuple(running.pending for running in self.units),

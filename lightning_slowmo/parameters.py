@@ -280,6 +280,53 @@ class Layout:
                 view.copy_(old[id(parameter)])
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one worker keeps of the slow state of one bucket.
+
+    Attributes:
+        bucket: which one.
+        length: elements of each worker's piece; the last ones reach beyond the bucket's end.
+        block: the elements that are this worker's, placed in :meth:`Shards.cut`'s buffers; may be empty.
+    """
+
+    bucket: Bucket
+    length: int
+    block: Block
+
+
+class Shards:
+    """A layout cut into equal pieces, one of each bucket for each worker.
+
+    Args:
+        layout: what is cut.
+        rank: this worker.
+        size: number of workers.
+    """
+
+    def __init__(self, layout: Layout, rank: int, size: int) -> None:
+        self.layout, self.rank, self.size = layout, rank, size
+        self.pieces: list[Piece] = []
+        ends = [0] * len(layout.runs)
+        for bucket in layout.buckets:
+            length = -(-bucket.numel // size)
+            own = max(0, min(length, bucket.numel - rank * length))
+            start = ends[bucket.run]
+            ends[bucket.run] = start + own
+            block = Block(bucket.run, bucket.group, start, start + own, bucket.spans[0][0].dtype)
+            self.pieces.append(Piece(bucket, length, block))
+        self._numels = ends
+
+    def cut(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """This worker's share of buffers in the whole layout, one flat tensor per run."""
+        shares = [flat.new_empty(numel) for flat, numel in zip(buffers, self._numels, strict=True)]
+        for piece in self.pieces:
+            start = self.rank * piece.length
+            whole = piece.bucket.of(buffers)
+            piece.block.of(shares).copy_(whole[start : start + piece.block.stop - piece.block.start])
+        return shares
+
+
 class Scratch:
     """Reusable buffers for the buckets in flight: at most ``count`` of them, so memory stays bounded.
 
@@ -294,12 +341,14 @@ class Scratch:
 
     def take(self, bucket: Bucket) -> Tensor | None:
         """The next buffer in turn, long enough for the bucket; None for a bucket that needs none."""
-        if bucket.in_place:
-            return None
+        return None if bucket.in_place else self.allot(bucket, bucket.numel)
+
+    def allot(self, bucket: Bucket, numel: int) -> Tensor:
+        """The next buffer in turn, of at least ``numel`` elements of the bucket's dtype."""
         key = (self._next, bucket.dtype, bucket.device)
         self._next = (self._next + 1) % self.count
-        if key not in self._buffers or self._buffers[key].numel() < bucket.numel:
-            self._buffers[key] = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers[key] = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
         return self._buffers[key]
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.communication.collectives import average
+from lightning_slowmo.communication.collectives import average, average_sharded
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout, Scratch
+from lightning_slowmo.parameters import Block, Layout, Scratch, Shards
 
 NOT_DUE = 0
 """What :meth:`Running.due` returns after a step that needs no communication."""
@@ -120,6 +120,7 @@ class Running(ABC):
         self.workers = workers
         self.scratch: Scratch = base.scratch if base is not None else Scratch()
         self.layout: Layout = base.layout if base is not None else Layout(self.groups())
+        self.shards: Shards | None = None
         self.pending = 0
 
     def groups(self) -> list[list[Tensor]]:
@@ -138,6 +139,21 @@ class Running(ABC):
             return True
         # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
         return all(parameter.isfinite().all() for parameter in parameters)
+
+    def place_slow_state(self, shard: bool, offload: bool) -> None:
+        """Keep slow state elsewhere than whole and beside the parameters. Called once, before training.
+
+        Args:
+            shard: whether each worker keeps a piece only.
+            offload: whether it is kept in the CPU's memory.
+
+        Raises:
+            ValueError: if the algorithm cannot do that.
+        """
+        raise ValueError(
+            f"{type(self).__name__.removeprefix('Running')} has no slow state to shard or offload; leave out "
+            "shard_slow_state and offload_slow_state."
+        )
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -188,9 +204,15 @@ class Running(ABC):
         Returns:
             The drift of this worker.
         """
-        drift = average(self.layout, self.workers, self.scratch, round.weights, then)
+        if self.shards is not None and then is not None:
+            drift = average_sharded(self.shards, self.workers, self.scratch, round.weights, then)
+        else:
+            drift = average(self.layout, self.workers, self.scratch, round.weights, then)
         self.pending = 0
         return drift
+
+    def moved(self) -> None:
+        """Take note that a wrapper has moved the parameters by itself, after :meth:`sync`."""
 
     def drain(self) -> None:
         """Take in messages that are still in flight. Called on all workers together."""

@@ -102,6 +102,10 @@ class RunningOuterOptimizer(RunningOuterLoop):
         self.make = make
         self.outer = make(self._outer_parameters())
 
+    def place_slow_state(self, shard: bool, offload: bool) -> None:
+        """Not possible: the outer optimizer holds the anchor."""
+        raise ValueError("shard_slow_state and offload_slow_state do not go with an outer_optimizer of one's own.")
+
     def _outer_parameters(self) -> list[Parameter]:
         """The anchor as parameters, with the outer gradients as their gradients; both are views, not copies."""
         parameters = []

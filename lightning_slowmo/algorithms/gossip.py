@@ -112,7 +112,9 @@ class Late:
         """What the messages add to this worker's numerators, one flat tensor per run."""
         buffers = layout.zeros()
         for bucket, delivery in zip(layout.buckets, self.deliveries, strict=True):
-            delivery.add_to(bucket.of(buffers))
+            total = delivery.wait()
+            if total is not None:
+                bucket.of(buffers).copy_(total)
         return buffers
 
 
@@ -188,12 +190,11 @@ class RunningGossip(Running):
 
         def arrive() -> None:
             bucket, local, model, x, step = waiting.popleft()
-            deliveries = [late.deliveries.popleft() for late in arriving]
-            for delivery in deliveries:  # before x, which may be on its way, is overwritten
-                delivery.wait()
-            x.mul_(plan.self_weight)
-            for delivery in deliveries:
-                delivery.add_to(x)
+            totals = [late.deliveries.popleft().wait() for late in arriving]
+            x.mul_(plan.self_weight)  # only now, since x itself may have been on its way
+            for total in totals:
+                if total is not None:
+                    x.add_(total)
             if step is not None:
                 x.add_(step)
             if x is not model:
@@ -241,6 +242,22 @@ class RunningGossip(Running):
         self.pending = 0
         return drift
 
+    def moved(self) -> None:
+        """Move all mass that is this worker's as the parameters were moved, also that on its way here.
+
+        The parameters are then x / w again, and the mean of all mass moves by the mean of the workers' moves.
+        """
+        if self.numerators is None:
+            return
+        for index, bucket in enumerate(self.layout.buckets):
+            x = bucket.of(self.numerators)
+            move = bucket.pack(self.scratch.take(bucket)) - _held(bucket, x / self.weight)
+            x.add_(move, alpha=self.weight)
+            for late in self.in_flight:
+                total = late.deliveries[index].wait()
+                if total is not None:
+                    total.add_(move, alpha=float(late.weights[self.workers.rank]))
+
     def consensus(self, round: Round) -> None:
         """Overwrite the parameters with the mean of all mass, that in flight included, which stays in flight."""
         average(self.layout, self.workers, self.scratch, self._gather_mass(round))
@@ -263,7 +280,7 @@ class RunningGossip(Running):
             for bucket in self.layout.buckets:
                 x = bucket.of(self.numerators)
                 model = bucket.pack(self.scratch.take(bucket))
-                model.sub_(_held(bucket, x / self.weight)).add_(x)  # x, and a step that was not mixed in yet
+                model.sub_(_held(bucket, x / self.weight)).add_(x)  # and a step that was not mixed in yet
                 for buffers in arriving:
                     model.add_(bucket.of(buffers))
                 bucket.unpack(model.div_(weights[self.workers.rank]))

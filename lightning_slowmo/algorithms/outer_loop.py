@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, copy_state
+from lightning_slowmo.communication.collectives import gather_shards
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.parameters import Block, Layout, Shards
 
 
 class RunningOuterLoop(Running):
@@ -50,6 +51,19 @@ class RunningOuterLoop(Running):
         self.steps = 0
         self.anchor = self.layout.snapshot()
         self.momentum = self.layout.zeros()
+
+    def place_slow_state(self, shard: bool, offload: bool) -> None:
+        """Keep anchor and momentum in pieces, or in the CPU's memory."""
+        if shard:
+            if type(self.base).average is not Running.average or not self.averages:
+                raise ValueError(
+                    "shard_slow_state needs an outer loop that averages over LocalSGD or AllReduce: gossip has no "
+                    "common state to share out."
+                )
+            self.base.shards = Shards(self.layout, self.workers.rank, self.workers.size)
+            self.anchor, self.momentum = self.base.shards.cut(self.anchor), self.base.shards.cut(self.momentum)
+        if offload:
+            self.anchor, self.momentum = ([_on_cpu(flat) for flat in flats] for flats in (self.anchor, self.momentum))
 
     @abstractmethod
     def outer_step(self, block: Block, difference: Tensor) -> None:
@@ -86,7 +100,13 @@ class RunningOuterLoop(Running):
 
     def relayout(self, layout: Layout) -> None:
         """Take over a new layout; a parameter that joins starts from its present value, without momentum."""
-        anchor, momentum = layout.snapshot(), layout.zeros()
+        if self.base.shards is not None:
+            raise ValueError(
+                "Parameters joined the optimizer, or were frozen, after the start, which does not go with "
+                "shard_slow_state=True. Leave it out, or train all parameters from the start."
+            )
+        device = self.anchor[0].device
+        anchor, momentum = ([flat.to(device) for flat in flats] for flats in (layout.snapshot(), layout.zeros()))
         layout.carry(self.layout, self.anchor, anchor)
         layout.carry(self.layout, self.momentum, momentum)
         self.anchor, self.momentum = anchor, momentum
@@ -119,6 +139,7 @@ class RunningOuterLoop(Running):
                 for block, values in bucket.blocks(own):
                     self._move(block, values, 1.0)
                 bucket.unpack(own)
+            self.base.moved()
         self.steps = 0
         if self.buffers == "reset":
             inner_buffers.reset(self.optimizer)
@@ -128,8 +149,9 @@ class RunningOuterLoop(Running):
 
     def _move(self, block: Block, total: Tensor, weight: float) -> None:
         anchor = block.of(self.anchor)
+        here = total.to(anchor.device)  # total itself, unless slow state is offloaded
         # The memory of the sum serves for the difference too: a new buffer would cost more than the arithmetic.
-        difference = torch.sub(block.rounded(anchor), total, alpha=1 / weight, out=total)
+        difference = torch.sub(block.rounded(anchor), here, alpha=1 / weight, out=here)
         self.outer_step(block, difference)
         total.copy_(anchor)
 
@@ -154,17 +176,33 @@ class RunningOuterLoop(Running):
     def slow_state(self) -> dict[str, Any]:
         """Anchor, momentum and whatever else a subclass carries from one outer step to the next."""
         return {
-            "anchor": self.layout.per_parameter(self.anchor),
-            "momentum": self.layout.per_parameter(self.momentum),
+            "anchor": self.layout.per_parameter(self._whole(self.anchor)),
+            "momentum": self.layout.per_parameter(self._whole(self.momentum)),
         }
 
     def load_slow_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`slow_state` returned."""
-        copy_state(self.layout.per_parameter(self.anchor), state["anchor"], "anchor")
-        copy_state(self.layout.per_parameter(self.momentum), state["momentum"], "slow momentum")
+        self._load(self.anchor, state["anchor"], "anchor")
+        self._load(self.momentum, state["momentum"], "slow momentum")
+
+    def _whole(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Slow state in the whole layout; collected from the workers if it is sharded."""
+        return buffers if self.base.shards is None else gather_shards(self.base.shards, buffers, self.workers)
+
+    def _load(self, buffers: list[Tensor], saved: list[Tensor], what: str) -> None:
+        """Copy checkpointed tensors into buffers, or into this worker's pieces."""
+        shards = self.base.shards
+        whole = buffers if shards is None else self.layout.empty()
+        copy_state(self.layout.per_parameter(whole), saved, what)
+        if shards is not None:
+            for own, piece in zip(buffers, shards.cut(whole), strict=True):
+                own.copy_(piece)
 
     def shared_state(self) -> dict[str, Any]:
-        """The slow state, which exact averaging keeps equal on all workers."""
+        """The slow state, which exact averaging keeps equal on all workers.
+
+        Sharded state is collected from the workers, so that any number of workers can go on from it.
+        """
         return {"base": self.base.shared_state()} | ({"slow": self.slow_state()} if self.averages else {})
 
     def local_state(self) -> dict[str, Any]:
@@ -184,3 +222,8 @@ class RunningOuterLoop(Running):
         self.steps = state["steps"]
         if "slow" in state:
             self.load_slow_state(state["slow"])
+
+
+def _on_cpu(flat: Tensor) -> Tensor:
+    """A copy in the CPU's memory, pinned if it comes from a GPU, so that transfers are quick."""
+    return flat.cpu().pin_memory() if flat.is_cuda else flat

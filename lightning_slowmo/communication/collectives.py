@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout, Scratch
+from lightning_slowmo.parameters import Block, Layout, Scratch, Shards
 
 DRIFT_SAMPLE = 2**18
 """Drift is measured on about this many coordinates: all of them in a smaller model."""
@@ -100,6 +100,67 @@ def average(
     while in_flight:
         arrive()
     return drift.value()
+
+
+def average_sharded(
+    shards: Shards,
+    workers: Workers,
+    scratch: Scratch,
+    weights: Sequence[float] | None,
+    then: Callable[[Block, Tensor, float], None],
+) -> float:
+    """Replace the parameters by what ``then`` makes of their mean, each worker working on its own piece of them.
+
+    Reduce-scatter, ``then``, all-gather: the traffic of an all-reduce, and no worker needs the others' slow state.
+
+    Args:
+        shards: the parameters, and the pieces of the workers.
+        workers: all of whom must call this.
+        scratch: buffers for the bucket in hand.
+        weights: weight of each worker, by rank; equal if None.
+        then: as for :func:`average`.
+
+    Returns:
+        The drift, measured on this worker's piece alone.
+    """
+    drift = Drift(max(1, shards.layout.numel // workers.size))
+    for piece in shards.pieces:
+        bucket, numel = piece.bucket, piece.block.stop - piece.block.start
+        padded = scratch.allot(bucket, piece.length * workers.size)[: piece.length * workers.size]
+        padded[bucket.numel :].zero_()
+        padded[: bucket.numel].copy_(bucket.pack(scratch.take(bucket)))
+        own = padded[workers.rank * piece.length :][: piece.length].clone()
+        local = drift.sample(own[:numel])
+        total_weight = workers.weigh(padded, weights)
+        workers.scatter_sum(padded, own)
+        drift.compare(local, own[:numel], total_weight)
+        if numel:
+            then(piece.block, own[:numel], total_weight)
+        workers.gather_pieces(padded, own)
+        bucket.unpack(padded[: bucket.numel])
+    return drift.value()
+
+
+def gather_shards(shards: Shards, buffers: Sequence[Tensor], workers: Workers) -> list[Tensor]:
+    """The whole of slow state of which each worker keeps its pieces, on every worker.
+
+    Args:
+        shards: the pieces.
+        buffers: this worker's, as :meth:`Shards.cut` made them.
+        workers: all of whom must call this.
+
+    Returns:
+        Buffers in the whole layout, one flat tensor per run.
+    """
+    whole = [flat.to(buffers[run].device) for run, flat in enumerate(shards.layout.empty())]
+    for piece in shards.pieces:
+        device = piece.bucket.device
+        own = torch.zeros(piece.length, dtype=piece.bucket.dtype, device=device)
+        own[: piece.block.stop - piece.block.start].copy_(piece.block.of(buffers))
+        padded = own.new_empty(piece.length * workers.size)
+        workers.gather_pieces(padded, own)
+        piece.bucket.of(whole).copy_(padded[: piece.bucket.numel])
+    return whole
 
 
 def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequence[float] | None = None) -> None:

@@ -17,27 +17,30 @@ class Delivery:
     """Messages that are under way, or have come.
 
     Args:
-        received: what has come or is to come, with the share of each message that is this worker's.
-        works: what to wait for, and the peers on whom it depends.
-        workers: all of them; may be left out when there is nothing to wait for.
-        sent: the message that this worker sends. It must not change before :meth:`wait` has returned, and it is kept
-            alive until then.
+        messages: what comes to this worker, and the share of each that is for it.
+        works: what to wait for, and the peers on whom that depends.
+        workers: all of them; not needed where there is nothing to wait for.
+        sent: the message that this worker sends. It must not change before :meth:`wait` has returned, and is kept alive
+            until then.
     """
 
     def __init__(
         self,
-        received: Sequence[tuple[Tensor, float]],
+        messages: Sequence[tuple[Tensor, float]],
         works: Sequence[tuple[dist.Work, Sequence[int]]] = (),
         workers: Workers | None = None,
         sent: Tensor | None = None,
     ) -> None:
-        self.received = received
+        self._messages = messages
         self._works = works
         self._workers = workers
         self._sent = sent
 
-    def wait(self) -> None:
-        """Wait until this worker's message has gone and the peers' have come.
+    def wait(self) -> Tensor | None:
+        """Wait until this worker's message has gone and those for it have come.
+
+        Returns:
+            The sum of this worker's shares of them, the same tensor at every call; None if there are none.
 
         Raises:
             SyncError: if a peer did not take part in time; names it.
@@ -46,12 +49,15 @@ class Delivery:
             assert self._workers is not None
             self._workers.wait(work, PURPOSE, peers)
         self._works, self._sent = (), None
-
-    def add_to(self, target: Tensor) -> None:
-        """Wait, then add this worker's shares of the messages that came; they stay, and can be added again."""
-        self.wait()
-        for message, share in self.received:
-            target.add_(message, alpha=share)
+        if not self._messages:
+            return None
+        (total, first_share), *others = self._messages
+        if first_share != 1:
+            total.mul_(first_share)
+        for message, share in others:
+            total.add_(message, alpha=share)
+        self._messages = [(total, 1.0)]
+        return total
 
 
 def exchange(

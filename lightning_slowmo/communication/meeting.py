@@ -18,7 +18,10 @@ from lightning_slowmo.communication.workers import SyncError, Workers
 
 
 class Reason(IntEnum):
-    """Why a worker comes to a meeting. The first two are rounds of communication, which everybody present joins."""
+    """Why a worker comes to a meeting. The first two are rounds of communication, which everybody present joins.
+
+    PAUSE asks whether all workers are between two batches. It gives way to whatever else the others came for.
+    """
 
     SYNC = 0
     GRADIENTS = 1
@@ -31,6 +34,7 @@ class Reason(IntEnum):
     BARRIER = 8
     BROADCAST = 9
     GATHER = 10
+    PAUSE = 11
 
     @property
     def is_round(self) -> bool:
@@ -49,6 +53,7 @@ class Header:
         round: how many rounds it has taken part in; equal on all workers, or they have lost one another.
         stop: whether it wants training to stop.
         terminate: whether it received SIGTERM.
+        save: whether somebody asked it for a checkpoint at a moment when it could not meet the others.
         poisoned: whether its parameters contain NaN or infinity.
         rates: fingerprint of its learning rates, to see whether they are equal everywhere.
         pending: for each optimizer, local steps since the last sync.
@@ -60,21 +65,22 @@ class Header:
     round: int = 0
     stop: bool = False
     terminate: bool = False
+    save: bool = False
     poisoned: bool = False
     rates: int = 0
     pending: tuple[int, ...] = ()
 
     def numbers(self) -> list[float]:
         """The header as it travels."""
-        flags = (self.stop, self.terminate, self.poisoned)
+        flags = (self.stop, self.terminate, self.save, self.poisoned)
         numbers = (self.reason, self.unit, self.levels, self.round, *flags, self.rates, *self.pending)
         return [float(number) for number in numbers]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Header:
         """The header that :meth:`numbers` wrote."""
-        reason, unit, levels, round_, stop, terminate, poisoned, rates, *pending = map(int, numbers)
-        flags = bool(stop), bool(terminate), bool(poisoned)
+        reason, unit, levels, round_, stop, terminate, save, poisoned, rates, *pending = map(int, numbers)
+        flags = bool(stop), bool(terminate), bool(save), bool(poisoned)
         return cls(Reason(reason), unit, levels, round_, *flags, rates, tuple(pending))
 
 
@@ -100,6 +106,17 @@ class Meeting:
     def terminate(self) -> bool:
         """Whether any worker received SIGTERM."""
         return any(header.terminate for header in self.headers)
+
+    @property
+    def save(self) -> bool:
+        """Whether any worker was asked for a checkpoint."""
+        return any(header.save for header in self.headers)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether some wanted to pause, but others came for something else, which has to be done first."""
+        pausing = [header.reason is Reason.PAUSE for header in self.headers]
+        return any(pausing) and not all(pausing)
 
     @property
     def same_rates(self) -> bool:
@@ -141,7 +158,7 @@ class Meeting:
             rounds = _each(workers, [header.round for header in self.headers])
             raise SyncError(f"The workers have taken part in different numbers of syncs: {rounds}.")
         reasons = [header.reason for header in self.headers]
-        if self.round is None and len(set(reasons)) > 1:
+        if self.round is None and len(set(reasons) - {Reason.PAUSE}) > 1:
             came = _each(workers, [reason.name.lower().replace("_", " ") for reason in reasons])
             raise SyncError(f"The workers came together for different reasons: {came}. Do they run the same script?")
 

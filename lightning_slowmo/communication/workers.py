@@ -142,20 +142,61 @@ class Workers:
         Returns:
             A handle to wait on. The division of a mean is left to the caller, who has the sum in the cache then.
         """
-        divisor = float(self.size)
-        if weights is not None and len(set(weights)) > 1:
-            # Relative to the largest, so that the workers of full weight send their values as they are.
-            largest = max(weights)
-            mine = weights[self.rank] / largest
-            divisor = sum(weights) / largest
-            if mine == 0:
-                flat.zero_()
-            elif mine != 1:
-                flat.mul_(mine)
+        total = self.weigh(flat, weights)
         if self.alone:
-            return Sum(flat, divisor, None, self)
+            return Sum(flat, total, None, self)
         self._count(2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
-        return Sum(flat, divisor, dist.all_reduce(flat, group=self.data, async_op=True), self)
+        return Sum(flat, total, dist.all_reduce(flat, group=self.data, async_op=True), self)
+
+    def weigh(self, flat: Tensor, weights: Sequence[float] | None = None) -> float:
+        """Multiply this worker's values by its weight, in place, relative to the largest weight of all.
+
+        So the workers of full weight send their values as they are, and a weight of 0 makes zeros also of NaN.
+
+        Args:
+            flat: this worker's values.
+            weights: the weight of each worker, by rank; equal if None.
+
+        Returns:
+            The sum of the relative weights.
+        """
+        if weights is None or len(set(weights)) == 1:
+            return float(self.size)
+        largest = max(weights)
+        mine = weights[self.rank] / largest
+        if mine == 0:
+            flat.zero_()
+        elif mine != 1:
+            flat.mul_(mine)
+        return sum(weights) / largest
+
+    def scatter_sum(self, flat: Tensor, own: Tensor) -> None:
+        """Sum a flat tensor over the workers and leave each with its piece of the sum.
+
+        Args:
+            flat: ``size`` pieces of equal length, by rank.
+            own: where this worker's piece of the sum goes.
+        """
+        if self.alone:
+            own.copy_(flat)
+            return
+        self._count((self.size - 1) * own.numel() * own.element_size())
+        work = dist.reduce_scatter_tensor(own, flat, group=self.data, async_op=True)
+        self.wait(work, "the sum of the parameters")
+
+    def gather_pieces(self, flat: Tensor, own: Tensor) -> None:
+        """Collect the workers' pieces.
+
+        Args:
+            flat: where ``size`` pieces of equal length go, by rank.
+            own: this worker's.
+        """
+        if self.alone:
+            flat.copy_(own)
+            return
+        self._count((self.size - 1) * own.numel() * own.element_size())
+        work = dist.all_gather_into_tensor(flat, own, group=self.data, async_op=True)
+        self.wait(work, "the parameters")
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite a tensor with that of worker ``source``."""
