@@ -204,6 +204,11 @@ class Engine:
         """Whether all workers know that one of them received SIGTERM."""
         return self.last_meeting is not None and self.last_meeting.terminate
 
+    @property
+    def must_save(self) -> bool:
+        """Whether all workers know that one of them was asked for a checkpoint."""
+        return self.last_meeting is not None and self.last_meeting.save
+
     def _take_part(self, meeting: Meeting, header: Header) -> SyncReport:
         self.rounds += 1
         unit = self.units[header.unit]

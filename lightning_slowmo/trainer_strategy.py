@@ -7,7 +7,10 @@ samplers, ranks and devices; the model is not wrapped in DistributedDataParallel
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -130,6 +133,7 @@ class SlowMoMixin(DDPStrategy):
         self._training = False
         self._stepping = False
         self._accumulating = False
+        self._wanted: list[tuple[str, bool]] = []
         self._restored = checkpoints.Restored()
         self._undo: list[Callable[[], None]] = []
 
@@ -235,6 +239,7 @@ class SlowMoMixin(DDPStrategy):
         warn_of_hidden_collectives(trainer)
         self._watch_optimizers()
         self._quiet_sigterm(trainer)
+        self._postpone_saves(trainer)
 
     def _layer_sync_inside_nodes(self) -> Any:
         """SyncBatchNorm communicates in every forward pass, which only the processes of a node do together."""
@@ -271,6 +276,33 @@ class SlowMoMixin(DDPStrategy):
             connector._sigterm_notifier_fn = self._on_sigterm
             self._undo.append(lambda: delattr(connector, "_sigterm_notifier_fn"))
 
+    def _postpone_saves(self, trainer: Any) -> None:
+        """Let a checkpoint that a signal handler asks for wait until all workers are between two batches.
+
+        A handler interrupts anything: a collective, a forward pass whose values autograd remembers, another save.
+        """
+        save = trainer.save_checkpoint
+
+        def save_or_postpone(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+            if self._training and in_signal_handler():
+                assert self.engine is not None
+                self._wanted.append((str(filepath), bool(weights_only)))
+                self.engine.save = True
+            else:
+                save(filepath, weights_only, storage_options)
+
+        trainer.save_checkpoint = save_or_postpone
+        self._undo.append(lambda: delattr(trainer, "save_checkpoint"))
+
+    def _save_wanted(self) -> None:
+        """Write the checkpoints that were postponed; all workers write the same ones, whoever was asked."""
+        assert self.engine is not None
+        self.engine.save = False  # before looking what is wanted: a signal may come meanwhile
+        wanted, self._wanted = self._wanted, []
+        everyone = [json.loads(text) for text in self.everyone.gather_text(json.dumps(wanted))]
+        for filepath, weights_only in next(filter(None, everyone), []):
+            self._trainer.save_checkpoint(filepath, weights_only)
+
     def _on_sigterm(self, signum: int, frame: Any) -> None:
         """Remember the signal for the next meeting, where all learn of it, and pass it on to child processes."""
         assert self.engine is not None
@@ -304,6 +336,12 @@ class SlowMoMixin(DDPStrategy):
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0:
             self._meet(Reason.EPOCH_START)
+        assert self.engine is not None
+        if self.engine.must_save:
+            with self._flags():
+                ready = self.engine.pause()
+            if ready:
+                self._save_wanted()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -348,6 +386,8 @@ class SlowMoMixin(DDPStrategy):
         assert self.engine is not None
         with self._flags():
             self.engine.finish()
+        if self.engine.must_save:
+            self._save_wanted()
         self._training = False
 
     def _meet(self, reason: Reason) -> None:
@@ -365,7 +405,7 @@ class SlowMoMixin(DDPStrategy):
         yield
         if self.engine.stop:
             trainer.should_stop = True
-        if self.engine.must_terminate:
+        if self.engine.must_terminate and not self.engine.must_save:  # else after that save
             trainer._signal_connector.received_sigterm = True
 
     # Lightning's own collectives --------------------------------------------------------------------------------------
@@ -422,7 +462,16 @@ class SlowMoMixin(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write Lightning's file, and beside it what differs by rank (unless only weights are saved)."""
-        write_main = lambda: super(SlowMoMixin, self).save_checkpoint(checkpoint, filepath, storage_options)  # noqa: E731
+
+        def write_main() -> None:
+            # Under a temporary name, then renamed: Lightning's own writer moves the file from the temporary folder,
+            # which is a copy, and can be cut short, where that is on another disk.
+            renamed = "://" not in str(filepath) and type(self.checkpoint_io).__name__ == "TorchCheckpointIO"
+            target = f"{filepath}.part" if renamed else filepath
+            super(SlowMoMixin, self).save_checkpoint(checkpoint, target, storage_options)
+            if renamed and self.is_global_zero:
+                os.replace(target, filepath)
+
         if self.engine is None or self._failed or "optimizer_states" not in checkpoint:
             write_main()
             return
@@ -498,6 +547,18 @@ class NodeBatchNorm:
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:
         """Convert them back."""
         return self.plugin.revert(model)
+
+
+def in_signal_handler() -> bool:
+    """Whether a Python signal handler is being run."""
+    codes = set()
+    for handler in filter(callable, map(signal.getsignal, signal.valid_signals())):
+        function = getattr(handler, "func", handler)  # of a functools.partial
+        codes.add(getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None))
+    frame = sys._getframe()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def warn_of_hidden_collectives(trainer: Any) -> None:
