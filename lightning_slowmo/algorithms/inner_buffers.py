@@ -59,8 +59,11 @@ def average(optimizer: Optimizer, workers: Workers) -> None:
         value
         for group in optimizer.param_groups
         for parameter in group["params"]
-        for _, value in sorted(optimizer.state.get(parameter, {}).items())
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point() and value.dim()
+        for name, value in sorted(optimizer.state.get(parameter, {}).items())
+        if isinstance(value, Tensor)
+        and value.shape == parameter.shape
+        and value.is_floating_point()
+        and name != "step"  # a scalar as well, and to be told from the buffers of scalar parameters by name alone
     ]
     counts = workers.gather([len(buffers), sum(buffer.numel() for buffer in buffers)], "averaging the inner buffers")
     if any(count != counts[0] for count in counts):
