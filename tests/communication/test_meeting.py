@@ -1,0 +1,105 @@
+"""Meetings: all workers draw the same conclusion from their headers, or get the same error."""
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_slowmo import SyncError, Workers
+from lightning_slowmo.communication import Header, Meeting, Reason, meet, require_equal
+from tests.on_workers import on_workers
+
+FULL = Header(
+    Reason.SAVE,
+    unit=2,
+    levels=3,
+    round=70000,
+    stop=True,
+    terminate=True,
+    poisoned=True,
+    rates=2**32 - 1,
+    pending=(4, 0),
+)
+
+
+@pytest.mark.parametrize("header", [Header(Reason.SYNC), FULL, replace(FULL, stop=False, pending=())])
+def test_a_header_survives_its_journey(header):
+    assert Header.of(header.numbers()) == header
+
+
+def test_one_wish_is_everybodys():
+    quiet = Header(Reason.SYNC, rates=5, pending=(3,))
+    meeting = Meeting([quiet, replace(quiet, stop=True, pending=(4,)), replace(quiet, terminate=True, poisoned=True)])
+    assert meeting.stop
+    assert meeting.terminate
+    assert meeting.healthy() == [True, True, False]
+    assert meeting.pending(0) == [3, 4, 3]
+    assert meeting.same_rates
+    nobody = Meeting([quiet, replace(quiet, rates=6)])
+    assert (nobody.stop, nobody.terminate, nobody.same_rates) == (False, False, False)
+    assert nobody.healthy() == [True, True]
+
+
+def test_rounds_come_before_what_else_workers_came_for_and_the_first_optimizers_first():
+    waiting = Header(Reason.VALIDATION, pending=(1, 1))
+    second, first = (replace(waiting, reason=Reason.SYNC, unit=unit, levels=1) for unit in (1, 0))
+    assert Meeting([waiting, waiting]).round is None
+    assert Meeting([waiting, second]).round == second
+    meeting = Meeting([second, waiting, first])
+    assert meeting.round == first
+    assert meeting.present(first) == [False, False, True]
+    assert Meeting([first, replace(first, levels=2)]).round.levels == 3
+
+
+def test_of_several_processes_per_worker_the_peers_alone_exchange_parameters():
+    headers = [Header(Reason.SYNC, pending=(rank,), poisoned=rank == 3, stop=rank == 0) for rank in range(4)]
+    meeting = Meeting(headers, peers=[1, 3])
+    assert meeting.pending(0) == [1, 3]
+    assert meeting.healthy() == [True, False]
+    assert meeting.stop  # decided by all
+
+
+@on_workers(1, 2, 3)
+def test_all_workers_see_all_headers(workers):
+    meeting = meet(Header(Reason.SYNC, pending=(workers.rank,)), workers)
+    assert meeting.pending(0) == list(range(workers.size))
+    assert workers.traffic.headers == (workers.size > 1)
+
+
+@on_workers(2, 3)
+def test_workers_that_lost_count_of_rounds_are_told_so_on_every_rank(workers):
+    with pytest.raises(SyncError, match=r"different numbers of syncs: rank 0 7, rank 1 8"):
+        meet(Header(Reason.SYNC, round=7 + workers.rank), workers)
+
+
+@on_workers(2, 3)
+def test_reasons_that_exclude_one_another_are_told_on_every_rank(workers):
+    reason = Reason.VALIDATION if workers.rank == 0 else Reason.TRAIN_END
+    with pytest.raises(SyncError, match=r"different reasons: rank 0 validation, rank 1 train end.*same script"):
+        meet(Header(reason), workers)
+
+
+@on_workers(2, 3)
+def test_what_must_be_equal_is_told_with_ranks_and_difference(workers):
+    require_equal(workers, "The model", "the same", "Do this.")
+    last = workers.size - 1
+    text = "a" * 500 + ("b" if workers.rank == last else "c") + "d" * 500
+    with pytest.raises(SyncError) as caught:
+        require_equal(workers, "The model", text, "Do this.")
+    message = str(caught.value)
+    assert message.startswith("The model differs between workers: rank 0 has 'aaa")
+    assert f"rank {last} has 'aaa" in message
+    assert "acd" in message
+    assert "abd" in message
+    assert message.endswith("Do this.")
+    assert len(message) < 600
+
+
+@on_workers(2)
+def test_a_text_that_is_the_beginning_of_another_differs_too(workers):
+    with pytest.raises(SyncError, match=r"'ab'.*'abc'"):
+        require_equal(workers, "It", "abc" if workers.rank else "ab", "")
+
+
+def test_a_worker_alone_agrees_with_itself():
+    require_equal(Workers(), "It", "text", "")
+    assert meet(Header(Reason.TRAIN_END), Workers()).round is None

@@ -1,0 +1,124 @@
+"""Workers: weighted sums, what they cost, and errors that name who did not come and why."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_slowmo import SyncError, Workers
+from tests.harness import run
+from tests.on_workers import on_workers
+
+
+@on_workers(1, 2, 3)
+def test_a_sum_is_the_sum_on_every_worker(workers):
+    flat = torch.arange(5.0) + workers.rank
+    sum = workers.sum(flat)
+    n = workers.size
+    assert sum.wait().tolist() == [n * i + n * (n - 1) / 2 for i in range(5)]
+    assert sum.wait() is flat
+    assert sum.weight == n
+
+
+@on_workers(2, 3)
+def test_workers_weigh_as_much_as_they_are_given(workers):
+    weights = [2.0, 6.0, 4.0][: workers.size]
+    sum = workers.sum(torch.full((4,), 1.0 + workers.rank, dtype=torch.float64), weights)
+    mean = sum.wait() / sum.weight
+    expected = torch.tensor([(2 + 12) / 8, (2 + 12 + 12) / 12][workers.size - 2], dtype=torch.float64)
+    torch.testing.assert_close(mean, expected.expand(4))
+
+
+@on_workers(2, 3)
+def test_a_worker_of_weight_zero_gets_the_mean_and_poisons_nobody(workers):
+    values = torch.full((3,), 5.0) if workers.rank else torch.tensor([float("nan"), float("inf"), -float("inf")])
+    sum = workers.sum(values, [0.0] + [3.0] * (workers.size - 1))
+    assert (sum.wait() / sum.weight).tolist() == [5.0] * 3
+
+
+@on_workers(2, 3, 4)
+def test_a_sum_sends_and_receives_what_a_ring_does(workers):
+    for dtype, size in ((torch.float32, 4), (torch.float64, 8)):
+        before = workers.traffic.copy()
+        workers.sum(torch.zeros(1200, dtype=dtype)).wait()
+        used = workers.traffic - before
+        assert used.sent == used.received == 2 * (workers.size - 1) * 1200 * size // workers.size
+        assert (used.collectives, used.headers) == (1, 0)
+
+
+@on_workers(2, 3)
+def test_headers_are_gathered_exactly_and_counted(workers):
+    before = workers.traffic.copy()
+    rows = workers.gather([workers.rank, 2**53 - 1, -0.1])
+    assert rows == [[rank, 2**53 - 1, -0.1] for rank in range(workers.size)]
+    used = workers.traffic - before
+    assert used.sent == used.received == (workers.size - 1) * 3 * 8
+    assert (used.collectives, used.headers) == (0, 1)
+
+
+@on_workers(1, 2, 3)
+def test_texts_of_any_length_and_alphabet_are_gathered(workers):
+    texts = ["γ = αβ", "", "x" * 3000][: workers.size]
+    assert workers.gather_text(texts[workers.rank]) == texts
+    assert workers.gather_text("") == [""] * workers.size
+
+
+@on_workers(2, 3)
+def test_a_broadcast_costs_its_source_and_its_receivers_once(workers):
+    before = workers.traffic.copy()
+    tensor = torch.full((10,), float(workers.rank))
+    workers.broadcast(tensor, source=1)
+    used = workers.traffic - before
+    assert tensor.tolist() == [1.0] * 10
+    assert (used.sent, used.received) == ((40, 0) if workers.rank == 1 else (0, 40))
+
+
+def test_a_worker_alone_needs_no_process_group():
+    workers = Workers()
+    flat = torch.arange(3.0)
+    assert (workers.alone, workers.rank, workers.size) == (True, 0, 1)
+    assert workers.sum(flat, [4.0]).wait().tolist() == [0, 1, 2]
+    assert workers.gather([1.5]) == [[1.5]]
+    workers.broadcast(flat)
+    workers.report_failure("nobody listens")
+    assert vars(workers.traffic) == {"sent": 0, "received": 0, "collectives": 0, "headers": 0}
+
+
+def absent(rank: int) -> str:
+    workers = Workers.from_world(timeout=timedelta(seconds=2))
+    outcome = "was late"
+    if rank != 1:
+        start = time.monotonic()
+        with pytest.raises(SyncError) as caught:
+            workers.gather([1.0], "the meeting before sync")
+        assert time.monotonic() - start < 15
+        outcome = str(caught.value)
+    dist.barrier()  # the late worker ends last, so nobody sees a closed connection instead
+    return outcome
+
+
+def test_whoever_does_not_come_in_time_is_named():
+    for rank, message in enumerate(run(3, absent)):
+        if rank != 1:
+            assert f"rank {rank} could not meet the other workers for the meeting before sync." in message
+            assert "Did not come (within 0:00:02): rank 1." in message
+
+
+def failing(rank: int) -> str:
+    workers = Workers.from_world(timeout=timedelta(seconds=2))
+    if rank == 1:
+        workers.report_failure("OutOfMemoryError: on purpose")
+        dist.barrier()
+        return ""
+    with pytest.raises(SyncError) as caught:
+        workers.sum(torch.zeros(3)).wait()
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_whoever_failed_is_named_with_its_reason():
+    message = run(2, failing)[0]
+    assert "rank 1 failed: OutOfMemoryError: on purpose" in message
+    assert "the sum of the parameters" in message
