@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -85,9 +86,14 @@ def save(
     path = workers.gather_text(str(path))[0]
     name = f"{int(workers.gather([secrets.randbits(52)], 'naming a checkpoint')[0][0]):013x}"
     checkpoint[KEY] = {"version": VERSION, "name": name, "world_size": workers.size, "algorithm": algorithm}
-    entries = {
-        key: checkpoint[key] for key in (*PER_RANK, *per_rank) if key in checkpoint and is_plain(checkpoint[key])
-    }
+    entries = {key: checkpoint[key] for key in (*PER_RANK, *per_rank) if key in checkpoint}
+    for key in [key for key, value in entries.items() if not is_plain(value)]:
+        del entries[key]
+        warnings.warn(
+            f"{key} of {workers.names[workers.rank]} holds objects that torch.load(weights_only=True) refuses; on "
+            "resuming, every rank will get rank 0's.",
+            stacklevel=2,
+        )
     folder = f"{_folder(path)}/{name}"
     _write({"local": local, "entries": entries}, f"{folder}/{_rank_file(workers.rank)}")
     if workers.rank == 0:
