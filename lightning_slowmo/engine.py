@@ -120,7 +120,10 @@ class Engine:
     def after_backward(self) -> None:
         """Exchange gradients, for the algorithms that do; call it when gradients are complete, before clipping."""
         for index, unit in enumerate(self.units):
-            if unit.exchanges_gradients and any(parameter.grad is not None for parameter in unit.layout.parameters):
+            if not unit.exchanges_gradients:
+                continue
+            unit.before_step()  # the first gradient of a parameter that joins counts, too
+            if any(parameter.grad is not None for parameter in unit.layout.parameters):
                 self.meet(Reason.GRADIENTS, index)
 
     def before_step(self, unit: int = 0) -> None:
