@@ -376,8 +376,9 @@ class SlowMoMixin(DDPStrategy):
         self.just_synced = report is not None
         if report is not None and self.log_syncs:
             metrics = report.metrics() | {"sync/count": self.engine.total.count}
+            step = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of Lightning's own metrics
             for logger in self._trainer.loggers:
-                logger.log_metrics(metrics, step=self._trainer.global_step)
+                logger.log_metrics(metrics, step=step)
         return output
 
     def on_train_end(self) -> None:
@@ -519,6 +520,7 @@ class SlowMoMixin(DDPStrategy):
         self._training = False
         for workers in {id(workers): workers for workers in (self.everyone, self.workers)}.values():
             workers.report_failure(f"{type(exception).__name__}: {exception}")
+        self.everyone.let_others_hear()
         super().on_exception(exception)
 
     def teardown(self) -> None:

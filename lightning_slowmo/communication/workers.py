@@ -7,6 +7,7 @@ never waits for a GPU. Every wait has a limit, and when it passes the error name
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,13 @@ from torch import Tensor
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """How long a worker waits for the others by default, as torch.distributed does."""
+
+
+LOOK_EVERY = timedelta(seconds=1)
+"""How often a worker that waits looks whether another one has failed."""
+
+PATIENCE = 2.0
+"""Seconds that are given to the others, after an error, to say that they have one too."""
 
 
 class SyncError(RuntimeError):
@@ -229,7 +237,7 @@ class Workers:
             work = dist.all_gather_into_tensor(everyone, mine, group=self.control, async_op=True)
         except RuntimeError as error:
             raise self._absence(purpose, error) from error
-        self.wait(work, purpose)
+        self._wait_for_headers(cast(dist.Work, work), purpose)
         return everyone.view(self.size, -1).tolist()
 
     def gather_text(self, text: str) -> list[str]:
@@ -259,14 +267,51 @@ class Workers:
         except RuntimeError as error:
             raise self._absence(purpose, error, peers) from error
 
+    def _wait_for_headers(self, work: dist.Work, purpose: str) -> None:
+        """Wait, and look from time to time whether somebody has failed who would never come."""
+        start = time.monotonic()
+        while True:
+            try:
+                work.wait(LOOK_EVERY)
+                return
+            except RuntimeError as error:
+                waited = timedelta(seconds=time.monotonic() - start)
+                if work.is_completed() or waited >= self.timeout or self._somebody_failed():
+                    raise self._absence(purpose, error, lost=waited < self.timeout * 0.9) from error
+
+    def _somebody_failed(self) -> bool:
+        try:
+            return bool(self._store().check(["failed"]))
+        except RuntimeError:  # its host is gone
+            return True
+
     def report_failure(self, reason: str) -> None:
-        """Leave word why this worker stops, for those who will wait for it."""
+        """Leave word why this worker stops, for those who wait for it or will."""
         store = self._store()
         if store is not None:
             with suppress(RuntimeError):  # the store's host may be gone, and this worker is failing anyway
                 store.set(f"failed/{self.rank}", reason[:2000])
+                store.set("failed", "")
 
-    def _absence(self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None) -> SyncError:
+    def let_others_hear(self) -> None:
+        """Stay a moment, if this process holds the store with the reason why it fails, until the others have read it.
+
+        Under torchrun the agent holds the store, and nobody has to stay.
+        """
+        store = self._store()
+        if store is None or self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        give_up = time.monotonic() + PATIENCE
+        with suppress(RuntimeError):
+            for rank in range(1, self.size):
+                while not (store.check([f"heard/{rank}"]) or store.check([f"failed/{rank}"])):
+                    if time.monotonic() > give_up:
+                        return
+                    time.sleep(0.05)
+
+    def _absence(
+        self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
+    ) -> SyncError:
         """Find out who did not come: whoever waited in vain signs a list, and the others' names are missing in it."""
         message = f"{self.names[self.rank]} could not meet the other workers for {purpose}."
         store = self._store()
@@ -276,7 +321,7 @@ class Workers:
             meeting = f"{purpose}/{self.traffic.headers}/{self.traffic.collectives}"
             store.set(f"waited/{meeting}/{self.rank}", "")
             others = [rank for rank in (range(self.size) if peers is None else peers) if rank != self.rank]
-            give_up = time.monotonic() + 3
+            give_up = time.monotonic() + PATIENCE
             while True:
                 failed = [rank for rank in others if store.check([f"failed/{rank}"])]
                 missing = [rank for rank in others if not store.check([f"waited/{meeting}/{rank}"])]
@@ -284,13 +329,15 @@ class Workers:
                     break
                 time.sleep(0.1)
             reasons = [f"{self.names[rank]} failed: {store.get(f'failed/{rank}').decode()}" for rank in failed]
+            store.set(f"heard/{self.rank}", "")
         except RuntimeError:
             return SyncError(f"{message} The process that held the rendezvous (usually rank 0) is gone. {error}")
         if reasons:
             return SyncError(f"{message} {' '.join(reasons)}")
         if missing:
             absent = ", ".join(self.names[rank] for rank in missing)
-            return SyncError(f"{message} Did not come (within {self.timeout}): {absent}. {error}")
+            how = "Ended without a word, or lost its connection" if lost else f"Did not come (within {self.timeout})"
+            return SyncError(f"{message} {how}: {absent}. {error}")
         return SyncError(f"{message} All workers lost the connection. {error}")
 
     def _store(self) -> Any:
