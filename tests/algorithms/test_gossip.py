@@ -296,6 +296,30 @@ def test_identities() -> None:
             assert difference < 1e-10, name
 
 
+AGREEING = {name: Gossip(name) for name in ("ring", "star", "one_peer_exponential")}
+AGREEING |= {"irregular": Gossip(irregular(5)), "dpsgd": PRESETS["dpsgd"]}
+
+
+def agree(rank: int) -> dict[str, np.ndarray]:
+    found = {}
+    for name, algorithm in AGREEING.items():
+        worker = Trainee(rank, algorithm, rate=0.0)
+        found[name] = np.array([(worker.step(), worker.model)[1] for _ in range(18)])
+    return found
+
+
+@pytest.mark.processes
+def test_workers_agree_as_fast_as_the_spectral_gap_predicts() -> None:
+    by_rank = run(5, agree)
+    mean = np.mean([start(rank) for rank in range(5)], axis=0)
+    for name, config in AGREEING.items():
+        distance = np.linalg.norm([found[name] - mean for found in by_rank], axis=(0, 2))
+        schedule = topology.make(config.topology).on(5)
+        steps = 6 // schedule.period * schedule.period
+        measured = (distance[17] / distance[17 - steps]) ** (1 / steps)
+        assert measured == pytest.approx(schedule.consensus_rate, rel=0.05), name
+
+
 SLOW = {
     "sgp": SlowMo(Gossip(), 3, 0.6, inner_buffers="reset"),
     "osgp": SlowMo(Gossip(overlap=2), 3, 0.6, slow_lr=0.9, inner_buffers="reset"),
