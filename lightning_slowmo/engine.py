@@ -14,6 +14,7 @@ It knows nothing of Lightning; a plain PyTorch loop can drive it::
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 import zlib
@@ -33,6 +34,7 @@ from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, SyncRepo
 from lightning_slowmo.communication.collectives import average_tensors
 from lightning_slowmo.communication.meeting import Header, Meeting, Reason, meet, require_equal
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
+from lightning_slowmo.parameters import checksum
 
 POISON_CHECKED = (Reason.SYNC, Reason.VALIDATION, Reason.SAVE, Reason.TRAIN_END)
 """Meetings before which a worker looks whether its parameters are finite: means follow them."""
@@ -62,7 +64,7 @@ class Engine:
 
     Raises:
         ValueError: if there is nothing to train.
-        SyncError: if the workers' models or configurations differ.
+        SyncError: if the workers' models, their initial values or configurations differ.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Engine:
         require_equal(
             self.everyone,
             "The algorithm",
-            repr(algorithm),
+            re.sub(r" at 0x[0-9a-f]+", "", repr(algorithm)),  # a function's address differs between processes
             "Construct the strategy with the same arguments on every rank.",
         )
         require_equal(
@@ -107,6 +109,7 @@ class Engine:
         ):
             raise ValueError("There is nothing to train: the optimizers hold no parameter that requires a gradient.")
         self.units = [algorithm.bind(optimizer, workers) for optimizer in optimizers]
+        self._check_start()
         if shard_slow_state or offload_slow_state:
             for unit in self.units:
                 unit.place_slow_state(shard_slow_state, offload_slow_state is not None)
@@ -114,6 +117,18 @@ class Engine:
         self._local: list[list[Tensor]] | None = None
         self._local_buffers: list[Tensor] = []
         self._moving: dict[str, Tensor] = {}
+
+    def _check_start(self) -> None:
+        """Make sure that all workers start from the same point: the algorithms take their distance for progress."""
+        high, low = divmod(checksum([unit.layout for unit in self.units]), 2**32)
+        sums = self.everyone.gather([high, low], "checksums of the initial parameters")
+        others = [name for name, own in zip(self.everyone.names, sums, strict=True) if own != sums[0]]
+        if others:
+            does = "do" if len(others) > 1 else "does"
+            raise SyncError(
+                f"The initial parameters differ between workers: {', '.join(others)} {does} not start from those of "
+                f"{self.everyone.names[0]}. Use the same seed on every rank, or broadcast the model from one of them."
+            )
 
     # Training ---------------------------------------------------------------------------------------------------------
 

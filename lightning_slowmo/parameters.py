@@ -352,6 +352,20 @@ class Scratch:
         return self._buffers[key]
 
 
+def checksum(layouts: Iterable[Layout]) -> int:
+    """A number below 2**64 that depends on every bit of the parameters and on its place.
+
+    Integers add up to the same in any order, so equal parameters have equal checksums on all devices.
+    """
+    total = 0
+    for bucket in (bucket for layout in layouts for bucket in layout.buckets):
+        for _, flat in bucket.blocks(bucket.pack()):
+            bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32)
+            places = torch.arange(1, 2 * flat.numel(), 2, device=flat.device)  # odd, so that no single change cancels
+            total = total * 31 + int((bits * places).sum())
+    return total % 2**64
+
+
 def _members(groups: Iterable[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
     """Group index and parameter of everything that has elements, each once."""
     seen: set[int] = set()
