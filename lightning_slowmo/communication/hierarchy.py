@@ -72,7 +72,7 @@ def two_levels(
         nodes += [ranks[start : start + size] for start in range(0, len(ranks), size)]
     if len({len(node) for node in nodes}) > 1:
         raise ValueError(f"Nodes must have equally many processes, got {[len(node) for node in nodes]}.")
-    backend = dist.get_default_backend_for_device(torch.device(device).type)
+    backend = dist.Backend.default_device_backend_map[torch.device(device).type]
     # Every process takes part in making every group, in the same order.
     node_groups = [dist.new_group(node, backend=backend, timeout=timeout) for node in nodes]
     own = next(index for index, node in enumerate(nodes) if everyone.rank in node)

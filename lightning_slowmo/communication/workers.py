@@ -125,7 +125,7 @@ class Workers:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(timeout=timeout)
-        backend = dist.get_default_backend_for_device(torch.device(device).type)
+        backend = dist.Backend.default_device_backend_map[torch.device(device).type]
         data = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout))
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         return cls(data, control, timeout)
