@@ -212,7 +212,8 @@ class Workers:
             return
         size = tensor.numel() * tensor.element_size()
         self._count(size if self.rank == source else 0, 0 if self.rank == source else size)
-        work = dist.broadcast(tensor, group_src=source, group=self.data, async_op=True)
+        assert self.data is not None
+        work = dist.broadcast(tensor, dist.get_global_rank(self.data, source), group=self.data, async_op=True)
         self.wait(work, "a broadcast")
 
     # Headers ----------------------------------------------------------------------------------------------------------
