@@ -65,14 +65,17 @@ def run_trainers(
     environment: Mapping[str, str] | None = None,
     limit: float = LIMIT,
     expect_failure: bool = False,
+    meanwhile: Callable[[list], None] | None = None,
 ) -> list[Any]:
     """Call ``function(rank, *arguments)`` on ``size`` processes as torchrun would start them, for Trainers.
 
     Use ``Trainer(accelerator="cpu", devices=size)``: Lightning finds ranks and rendezvous in the environment.
+    ``meanwhile(processes)`` is called while they run; it may kill some.
     """
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     variables |= {"LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    return _run(size, _plain, function, arguments, variables | dict(environment or {}), limit, expect_failure)
+    variables |= dict(environment or {})
+    return _run(size, _plain, function, arguments, variables, limit, expect_failure, meanwhile)
 
 
 def _run(
@@ -83,6 +86,7 @@ def _run(
     environment: Mapping[str, str],
     limit: float,
     expect_failure: bool,
+    meanwhile: Callable[[list], None] | None = None,
 ) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(size)]
@@ -98,6 +102,8 @@ def _run(
             process.start()
         for _, sender in pipes:
             sender.close()
+        if meanwhile is not None:
+            meanwhile(processes)
         outcomes = _collect(processes, [receiver for receiver, _ in pipes], limit, folder)
     if not expect_failure and any(failed for failed, _ in outcomes):
         texts = [f"--- rank {rank}\n{text}" for rank, (failed, text) in enumerate(outcomes) if failed]
