@@ -44,8 +44,10 @@ def gossip(rank: int, configs: dict[str, list[Gossip]], steps: int) -> dict[str,
         rows = []
         for config in several:
             generator = torch.Generator().manual_seed(rank)
-            model = torch.nn.Parameter(torch.randn(200, generator=generator, dtype=torch.float64))
+            model = torch.nn.Parameter(torch.zeros(200, dtype=torch.float64))
             engine = Engine(config, [torch.optim.SGD([model], lr=0.0)], workers)
+            model.data.copy_(torch.randn(200, generator=generator, dtype=torch.float64))  # all began with equal models
+            engine.units[0].moved()
             models = [model.detach().numpy().copy()]
             for _ in range(steps if len(several) == 1 else steps // 3):
                 engine.after_step()

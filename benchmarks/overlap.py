@@ -37,7 +37,7 @@ def worker(rank: int, numel: int, compute: float, steps: int, repeats: int) -> d
     everyone = Workers.from_world()
     engines, results = {}, {}
     for name, algorithm in VARIANTS.items():
-        model = torch.nn.Parameter(torch.randn(numel))
+        model = torch.nn.Parameter(torch.ones(numel))
         engines[name] = Engine(algorithm, [torch.optim.SGD([model], lr=0.0)], everyone)
         results[name] = []
     for repeat in range(repeats + 1):

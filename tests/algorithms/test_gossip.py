@@ -67,6 +67,11 @@ def gradient(rank: int, step: int, model: np.ndarray) -> np.ndarray:
     return curvature * (model - minimum) + np.random.default_rng((rank, step)).standard_normal(NUMEL) / 10
 
 
+def shaped(values: np.ndarray) -> list[torch.Tensor]:
+    pieces = torch.from_numpy(values).split([int(np.prod(shape)) for shape in SHAPES])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
+
+
 def flat(tensors: Any) -> np.ndarray:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy().copy()
 
@@ -86,14 +91,18 @@ class Trainee:
         # Small enough that a few dozen elements are packed together, cut apart, and sent in place.
         algorithms_base.Layout = functools.partial(Layout, bucket_bytes=128, in_place_bytes=320)
         self.rank, self.k = rank, 0
-        values = torch.from_numpy(start(0 if together else rank)).split([int(np.prod(shape)) for shape in SHAPES])
-        tensors = [value.reshape(shape).clone() for value, shape in zip(values, SHAPES, strict=True)]
+        tensors = [value.clone() for value in shaped(start(0))]
         tensors[4] = tensors[4].contiguous(memory_format=torch.channels_last)
         self.parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
         self.optimizer = torch.optim.SGD(self.parameters, rate, momentum)
         self.engine = Engine(algorithm, [self.optimizer], Workers.from_world(), **kwargs)
         unit = self.engine.units[0]
         self.gossip: RunningGossip = getattr(unit, "base", unit)
+        if not together:  # an engine begins with equal models; what it then does is more telling if they differ
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, shaped(start(rank)), strict=True):
+                    parameter.copy_(value)
+            self.gossip.moved()
 
     @property
     def model(self) -> np.ndarray:
@@ -478,8 +487,10 @@ def uneven_join_and_poison(rank: int) -> dict[str, Any]:
     worker.step()
 
     # Half-precision parameters: mass is kept in float32, though each model is rounded.
-    half = torch.nn.Parameter(torch.full((64,), 1.0 + rank, dtype=torch.bfloat16))
+    half = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
     engine = Engine(Gossip(irregular(3)), [torch.optim.SGD([half], 0.0)], Workers.from_world())
+    half.data.fill_(1.0 + rank)
+    engine.units[0].moved()
     for _ in range(10):
         engine.after_step()
     running = engine.units[0]
