@@ -103,13 +103,21 @@ def steps_saved(folder):
     return sorted(int(path.stem.removeprefix("step=")) for path in Path(folder).glob("step=*.ckpt"))
 
 
-def train(rank, size, folder, steps, seconds_per_step=0.002):
+def train(rank, size, folder, steps, seconds_per_step=0.002, limit=timedelta(seconds=20)):
     """Train to a number of steps from the newest checkpoint, if there is one; return warnings about it."""
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=2, monitor="step", mode="max")
-    limit = timedelta(seconds=20)
     strategy = SlowMoStrategy(SlowMo(sync_every=SYNC_EVERY, slow_momentum=0.7), sync_timeout=limit, timeout=limit)
     callbacks = [Diary(folder), saving, Pace(seconds_per_step)]
-    fitting = trainer(size, strategy, callbacks=callbacks, enable_checkpointing=True, max_epochs=-1, max_steps=steps)
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    fitting = trainer(
+        here,
+        strategy,
+        num_nodes=size // here,
+        callbacks=callbacks,
+        enable_checkpointing=True,
+        max_epochs=-1,
+        max_steps=steps,
+    )
     saved = steps_saved(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -130,4 +138,4 @@ class Pace(Callback):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
-    train(int(os.environ["RANK"]), world, sys.argv[1], int(sys.argv[2]), 0.01)
+    train(int(os.environ["RANK"]), world, sys.argv[1], int(sys.argv[2]), 0.01, timedelta(minutes=3))
