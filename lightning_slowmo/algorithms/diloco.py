@@ -27,9 +27,10 @@ from lightning_slowmo.algorithms.base import (
     check_period,
     check_rate,
 )
-from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
+from lightning_slowmo.algorithms.quantized_averaging import check_compressor, local_steps
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Block, Layout
 
 OuterOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -48,6 +49,7 @@ class DiLoCo(Algorithm):
         outer_momentum: its momentum, in [0, 1).
         outer_optimizer: another optimizer of ``torch.optim`` instead: a callable that takes parameters, for example
             ``functools.partial(torch.optim.Adam, lr=1e-3)``. ``outer_lr`` and ``outer_momentum`` then do not apply.
+        compressor: how outer gradients are compressed, with error feedback; None sends them in full.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -57,11 +59,14 @@ class DiLoCo(Algorithm):
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
     outer_optimizer: OuterOptimizer | None = None
+    compressor: Compressor | None = None
 
     def __post_init__(self) -> None:
         check_period("sync_every", self.sync_every)
         check_rate("outer_lr", self.outer_lr)
         check_momentum("outer_momentum", self.outer_momentum)
+        if self.compressor is not None:
+            check_compressor(self.compressor)
         if self.outer_optimizer is not None and not callable(self.outer_optimizer):
             raise ValueError(
                 "outer_optimizer must be a callable that makes an optimizer of parameters, such as "
@@ -79,7 +84,8 @@ class RunningDiLoCo(RunningOuterLoop):
     """DiLoCo with the paper's outer optimizer, in closed form. ``anchor`` is theta and ``momentum`` is v."""
 
     def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(LocalSGD(config.sync_every), config.sync_every, "maintain", True, optimizer, workers)
+        base = local_steps(config.sync_every, config.compressor)
+        super().__init__(base, config.sync_every, "maintain", True, optimizer, workers)
         self.config = config
 
     def outer_step(self, block: Block, difference: Tensor) -> None:
@@ -98,7 +104,8 @@ class RunningOuterOptimizer(RunningOuterLoop):
     """
 
     def __init__(self, config: DiLoCo, make: OuterOptimizer, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(LocalSGD(config.sync_every), config.sync_every, "maintain", True, optimizer, workers)
+        base = local_steps(config.sync_every, config.compressor)
+        super().__init__(base, config.sync_every, "maintain", True, optimizer, workers)
         self.make = make
         self.outer = make(self._outer_parameters())
 

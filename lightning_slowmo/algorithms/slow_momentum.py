@@ -28,7 +28,9 @@ from lightning_slowmo.algorithms.base import Algorithm, Round, Running, check_mo
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
+from lightning_slowmo.algorithms.quantized_averaging import check_compressor, local_steps
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Block
 
 
@@ -45,6 +47,8 @@ class SlowMo(Algorithm):
             ``"average"`` them (at the cost of more messages), or ``"auto"``: reset momentum, but maintain Adam's, as
             in the paper.
         average: False is the paper's no-average variant, which skips line 6 and relies on the base to mix.
+        compressor: how the differences to the last common point are compressed in line 6, with error feedback; None
+            sends them in full. For ``LocalSGD`` as base.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -60,6 +64,7 @@ class SlowMo(Algorithm):
     slow_lr: float = 1.0
     inner_buffers: InnerBuffers = "auto"
     average: bool = True
+    compressor: Compressor | None = None
 
     def __post_init__(self) -> None:
         check_period("sync_every", self.sync_every)
@@ -68,6 +73,10 @@ class SlowMo(Algorithm):
         inner_buffers.check(self.inner_buffers)
         if self.base is None:
             object.__setattr__(self, "base", LocalSGD(self.sync_every))
+        if self.compressor is not None:
+            check_compressor(self.compressor)
+            if not (self.average and isinstance(self.base, LocalSGD)):
+                raise ValueError("compressor needs LocalSGD as base and average=True: it compresses the average.")
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
@@ -81,9 +90,12 @@ class RunningSlowMo(RunningOuterLoop):
     """
 
     def __init__(self, config: SlowMo, optimizer: Optimizer, workers: Workers) -> None:
-        assert config.base is not None  # __post_init__ has set it
+        base = config.base
+        assert base is not None  # __post_init__ has set it
+        if isinstance(base, LocalSGD):
+            base = local_steps(base.sync_every, config.compressor)
         treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        super().__init__(config.base, config.sync_every, treatment, config.average, optimizer, workers)
+        super().__init__(base, config.sync_every, treatment, config.average, optimizer, workers)
         self.config = config
         self.momentum_rates = self.rates()
         self.carry = [0.0] * len(self.momentum_rates)

@@ -45,11 +45,7 @@ class Delivery:
         Raises:
             SyncError: if a peer did not take part in time; names it.
         """
-        for work, peers in self._works:
-            assert self._workers is not None
-            self._workers.wait(work, PURPOSE, peers)
-        self._works, self._sent = (), None
-        if not self._messages:
+        if not self.messages():
             return None
         (total, first_share), *others = self._messages
         if first_share != 1:
@@ -58,6 +54,14 @@ class Delivery:
             total.add_(message, alpha=share)
         self._messages = [(total, 1.0)]
         return total
+
+    def messages(self) -> Sequence[tuple[Tensor, float]]:
+        """Wait in the same way; the messages themselves, by sender, and this worker's share of each."""
+        for work, peers in self._works:
+            assert self._workers is not None
+            self._workers.wait(work, PURPOSE, peers)
+        self._works, self._sent = (), None
+        return self._messages
 
 
 def exchange(

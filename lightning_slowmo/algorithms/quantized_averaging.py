@@ -1,0 +1,328 @@
+"""QPRSGD: local steps, and averages of which quantized messages are sent.
+
+Wu, He, Yang, Wang, Qu, Guo, Zhuang, "On the Convergence of Quantized Parallel Restarted SGD for Central Server Free
+Distributed Training", 2020, https://arxiv.org/abs/2004.09125. With y_i the parameters of worker i after local steps
+from the common point x, and Q an unbiased quantizer::
+
+    ring, two-shot    x = x + mean_i Q(y_i - x)
+    gossip            x_i = sum_j w_ij h_j,    h_j = h_j + Q(y_j - h_j)
+
+where h_j is what everybody knows of worker j. ``docs/compressed_sync.md`` lists which details are choices of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
+from lightning_slowmo.algorithms.feedback import Feedback
+from lightning_slowmo.algorithms.local_sgd import LocalSGD
+from lightning_slowmo.communication import compressed
+from lightning_slowmo.communication.collectives import Drift
+from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import QSGD, Compressor, seeded_generator
+from lightning_slowmo.parameters import Block, Bucket, Layout
+from lightning_slowmo.topology import Mixing, make
+
+Transport = Literal["ring", "two_shot", "gossip"]
+"""How messages travel: along a ring, to owners of chunks and back, or to neighbours."""
+
+Message = Literal["difference", "model"]
+"""What is compressed: the difference to what the receivers know already, or the model itself."""
+
+
+def default_quantizer() -> QSGD:
+    """4 bits relative to the largest magnitude of 512: 87 % less than float32, at an error of 4 % of the square."""
+    return QSGD(bits=4, norm="max", bucket=512)
+
+
+@dataclass(frozen=True)
+class QPRSGD(Algorithm):
+    """Average compressed messages every ``sync_every`` steps; optimizers' own buffers stay as they are.
+
+    Args:
+        sync_every: optimizer steps between averages, the paper's K.
+        compressor: how messages are compressed; unbiased, unless ``error_feedback``.
+        transport: ``"ring"``, ``"two_shot"`` or ``"gossip"``.
+        topology: who sends to whom with gossip, see :class:`~lightning_slowmo.Gossip`; doubly stochastic, and the same
+            at every step unless ``message="model"``.
+        mixing: how its graph is weighted.
+        message: ``"difference"`` to what receivers know already (which vanishes as training converges), or ``"model"``.
+        error_feedback: whether what a message leaves out is added to the next one, on workers and on owners of chunks;
+            for two-shot differences.
+        seed: of the compressors' randomness.
+
+    Raises:
+        ValueError: if an argument is out of its range, or they are at odds with one another.
+
+    Example::
+
+        Trainer(strategy=SlowMoStrategy(QPRSGD(sync_every=12, compressor=QSGD(bits=3, norm="max", bucket=512))))
+    """
+
+    sync_every: int = 12
+    compressor: Compressor = field(default_factory=default_quantizer)
+    transport: Transport = "ring"
+    topology: Any = "ring"
+    mixing: Mixing = "uniform"
+    message: Message = "difference"
+    error_feedback: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_period("sync_every", self.sync_every)
+        check_compressor(self.compressor)
+        for name, choices in (("transport", Transport), ("message", Message)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        graph = make(self.topology, self.mixing)
+        if not isinstance(self.topology, str):
+            object.__setattr__(self, "topology", graph)
+        if self.error_feedback and (self.transport, self.message) != ("two_shot", "difference"):
+            raise ValueError("error_feedback needs transport='two_shot' and message='difference'.")
+        if not (self.error_feedback or self.compressor.unbiased):
+            raise ValueError(
+                f"{self.compressor} is biased, and what it loses would be lost for good. Use an unbiased one such as "
+                "QSGD(bits=4, norm='max', bucket=512), or error_feedback=True with transport='two_shot'."
+            )
+
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state for one optimizer."""
+        return (RunningQuantizedGossip if self.transport == "gossip" else RunningQPRSGD)(self, optimizer, workers)
+
+
+def check_compressor(value: Any) -> None:
+    """Raise ValueError unless ``value`` is a compressor."""
+    if not isinstance(value, Compressor):
+        raise ValueError(f"compressor must be a compressor such as QSGD(bits=4), got {value!r}.")
+
+
+class RunningQPRSGD(Running):
+    """QPRSGD with an average of all workers.
+
+    Attributes:
+        anchor: the common point x, one flat tensor per run, equal on all workers.
+        feedback: what messages have left out; None without error feedback.
+        syncs: averages so far, from which compressors' random numbers follow.
+    """
+
+    def __init__(self, config: QPRSGD, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self.config = config
+        self.anchor = self.layout.snapshot()
+        self.feedback = Feedback(self.layout, workers) if config.error_feedback else None
+        self.syncs = 0
+
+    def due(self) -> int:
+        """Level 1 after every ``sync_every`` local steps."""
+        return 1 if self.pending >= self.config.sync_every else NOT_DUE
+
+    def sync(self, round: Round) -> SyncReport:
+        """Average."""
+        return SyncReport(drift=self.average(round))
+
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+        """Average as well as the compressor can, the same on all workers to the last bit."""
+        drift = Drift(self.layout.numel)
+        generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
+        for index, bucket in enumerate(self.layout.buckets):
+            flat = bucket.pack(self.scratch.take(bucket))
+            local, anchor = drift.sample(flat), bucket.of(self.anchor)
+            differs = self.config.message == "difference"
+            message = flat - held(bucket, anchor) if differs else flat
+            mean = self._mean(index, bucket, message, generator_on(bucket.device), round.weights)
+            if differs:
+                mean.add_(anchor)
+            drift.compare(local, mean, 1.0)
+            if then is not None:
+                for block, values in bucket.blocks(mean):
+                    then(block, values, 1.0)
+            anchor.copy_(mean)
+            bucket.unpack(mean)
+        self.syncs += 1
+        self.pending = 0
+        return drift.value()
+
+    def _mean(
+        self, index: int, bucket: Bucket, message: Tensor, generator: torch.Generator, weights: list[float]
+    ) -> Tensor:
+        arguments = (self.workers, message, bucket.segments, self.config.compressor, generator, weights)
+        if self.config.transport == "ring":
+            return compressed.ring(*arguments)
+        if self.feedback is None:
+            return compressed.two_shot(*arguments)
+        return compressed.two_shot(*arguments, bucket.of(self.feedback.worker), self.feedback.owner[index])
+
+    def finish(self, round: Round) -> None:
+        """End with an exact average, from which whoever trains on starts."""
+        self.consensus(round)
+        self.anchor = self.layout.snapshot()
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout; a parameter that joins starts from its present value."""
+        anchor = layout.snapshot()
+        layout.carry(self.layout, self.anchor, anchor)
+        self.anchor = anchor
+        if self.feedback is not None:
+            self.feedback = self.feedback.moved_to(layout)
+        super().relayout(layout)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """The common point, the number of averages, and the residual of the mean, for another number of workers."""
+        residual = self.feedback.total() if self.feedback is not None else []
+        return {"anchor": self.layout.per_parameter(self.anchor), "syncs": self.syncs, "residual": residual}
+
+    def local_state(self) -> dict[str, Any]:
+        """What this worker's messages have left out."""
+        own = {"feedback": self.feedback.state_dict()} if self.feedback is not None else {}
+        return super().local_state() | own
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned."""
+        copy_state(self.layout.per_parameter(self.anchor), state["anchor"], "common point")
+        self.syncs = state["syncs"]
+        if self.feedback is not None:
+            self.feedback.set_total(state["residual"])
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned."""
+        super().load_local_state(state)
+        if self.feedback is not None:
+            self.feedback.load_state_dict(state["feedback"])
+
+
+class RunningQuantizedGossip(Running):
+    """QPRSGD with neighbours.
+
+    Attributes:
+        public: h_i, what the neighbours know of this worker; one flat tensor per run.
+        mixed: sum_j w_ij h_j over this worker and its neighbours, so that no copy of each neighbour is needed.
+        syncs: rounds so far.
+    """
+
+    def __init__(self, config: QPRSGD, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self.config = config
+        self.schedule = make(config.topology, config.mixing).on(workers.size)
+        if not self.schedule.doubly_stochastic:
+            raise ValueError(f"The mixing weights of {config.topology!r} are not doubly stochastic.")
+        if config.message == "difference" and self.schedule.period != 1:
+            raise ValueError(
+                f"Differences need the same neighbours at every sync, which {config.topology!r} does not give. Use a "
+                "static topology such as 'ring', or message='model'."
+            )
+        self.public, self.mixed = self.layout.snapshot(), self.layout.snapshot()
+        self.syncs = 0
+        if not workers.alone:  # NCCL wants all workers in the first communication of a group
+            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
+
+    def due(self) -> int:
+        """Level 1 after every ``sync_every`` local steps."""
+        return 1 if self.pending >= self.config.sync_every else NOT_DUE
+
+    def sync(self, round: Round) -> SyncReport:
+        """Send this worker's message, and mix in what came."""
+        if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
+            return SyncReport(drift=self.average(round))
+        drift = Drift(self.layout.numel)
+        generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
+        for bucket in self.layout.buckets:
+            flat = bucket.pack(self.scratch.take(bucket))
+            local = drift.sample(flat)
+            mixed = self._mix(bucket, flat, generator_on(bucket.device))
+            drift.compare(local, mixed, 1.0)
+            bucket.unpack(mixed)
+        self.syncs += 1
+        self.pending = 0
+        return SyncReport(drift=drift.value())
+
+    def _mix(self, bucket: Bucket, flat: Tensor, generator: torch.Generator) -> Tensor:
+        compressor, segments = self.config.compressor, bucket.segments
+        plan = self.schedule.exchange(self.workers.rank, self.syncs)
+        public, mixed = bucket.of(self.public), bucket.of(self.mixed)
+        if self.config.message == "model":
+            public, mixed = torch.zeros_like(public), torch.zeros_like(mixed)
+        payload = compressor.compress(flat - public, segments, generator)
+        receivers = [peer for peer, _ in plan.sends]
+        delivery = exchange(self.workers, payload, receivers, plan.receives)
+        own = compressor.decompress(payload, segments, flat.dtype)
+        public.add_(own)
+        mixed.add_(own, alpha=plan.self_weight)
+        for message, weight in delivery.messages():
+            mixed.add_(compressor.decompress(message, segments, flat.dtype), alpha=weight)
+        return mixed.clone()
+
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+        """Exact average, from which gossip begins anew."""
+        drift = super().average(round, then)
+        self._begin_anew()
+        return drift
+
+    def moved(self) -> None:
+        """The next message tells the neighbours, as it is the difference to what they know."""
+
+    def finish(self, round: Round) -> None:
+        """End with an exact average."""
+        self.average(round)
+
+    def _begin_anew(self) -> None:
+        self.public, self.mixed = self.layout.snapshot(), self.layout.snapshot()
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
+        public, mixed = layout.snapshot(), layout.snapshot()
+        layout.carry(self.layout, self.public, public)
+        layout.carry(self.layout, self.mixed, mixed)
+        self.public, self.mixed = public, mixed
+        super().relayout(layout)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """The number of rounds."""
+        return {"syncs": self.syncs}
+
+    def local_state(self) -> dict[str, Any]:
+        """What neighbours know of this worker, and it of them."""
+        return super().local_state() | {
+            "public": self.layout.per_parameter(self.public),
+            "mixed": self.layout.per_parameter(self.mixed),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
+        self.syncs = state["syncs"]
+        self._begin_anew()
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned."""
+        super().load_local_state(state)
+        copy_state(self.layout.per_parameter(self.public), state["public"], "public copy")
+        copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of public copies")
+
+
+def generators(seed: int, rank: int, round: int) -> Callable[[torch.device], torch.Generator]:
+    """One generator per device for one worker and round, made when first asked for."""
+    return cache(lambda device: seeded_generator(seed, rank, round, device))
+
+
+def local_steps(sync_every: int, compressor: Compressor | None) -> Algorithm:
+    """The base of an outer loop: local steps, and an average that is exact or compressed with error feedback."""
+    if compressor is None:
+        return LocalSGD(sync_every)
+    return QPRSGD(sync_every, compressor, transport="two_shot", error_feedback=True)
+
+
+def held(bucket: Bucket, flat: Tensor) -> Tensor:
+    """Values as the parameters of a bucket hold them, rounded to their dtype."""
+    return flat.to(bucket.spans[0][0].dtype).to(flat.dtype)
