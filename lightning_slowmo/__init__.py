@@ -11,7 +11,20 @@ Importing this package registers its presets with every Lightning that is instal
 from importlib.util import find_spec
 
 from lightning_slowmo.__about__ import __version__
-from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SyncReport
+from lightning_slowmo.algorithms import (
+    BMUF,
+    QPRSGD,
+    Algorithm,
+    AllReduce,
+    APMSqueeze,
+    DiLoCo,
+    Gossip,
+    LocalSGD,
+    SlowMo,
+    SQuARM,
+    SyncReport,
+    Threshold,
+)
 from lightning_slowmo.communication import SyncError, Workers
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
@@ -24,16 +37,20 @@ if find_spec("lightning"):
 __all__ = [
     "BMUF",
     "PRESETS",
+    "QPRSGD",
+    "APMSqueeze",
     "Algorithm",
     "AllReduce",
     "DiLoCo",
     "Engine",
     "Gossip",
     "LocalSGD",
+    "SQuARM",
     "SlowMo",
     "SlowMoStrategy",
     "SyncError",
     "SyncReport",
+    "Threshold",
     "Workers",
     "__version__",
 ]

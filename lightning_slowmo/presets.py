@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from lightning_slowmo.algorithms import BMUF, Algorithm, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo
+from lightning_slowmo.algorithms import (
+    BMUF,
+    QPRSGD,
+    Algorithm,
+    AllReduce,
+    APMSqueeze,
+    DiLoCo,
+    Gossip,
+    LocalSGD,
+    SlowMo,
+    SQuARM,
+    Threshold,
+)
 
 _DPSGD = Gossip("ring", push_sum=False, order="combine_while_adapt")
 
@@ -18,6 +30,12 @@ PRESETS: dict[str, Algorithm] = {
     "slowmo_sgp": SlowMo(Gossip(), sync_every=48),
     "slowmo_osgp": SlowMo(Gossip(overlap=1), sync_every=48),
     "slowmo_dpsgd": SlowMo(_DPSGD, sync_every=48),
+    "qprsgd": QPRSGD(),
+    "qprsgd_gossip": QPRSGD(transport="gossip"),
+    "choco_sgd": SQuARM(sync_every=1),
+    "sparq_sgd": SQuARM(trigger=Threshold(initial=2.0, growth=1.0, every=100)),
+    "squarm_sgd": SQuARM(trigger=Threshold(initial=2.5, growth=1.5, every=100)),
+    "apmsqueeze": APMSqueeze(),
 }
 """Every preset, by name."""
 

@@ -3,9 +3,27 @@
 from lightning_slowmo.algorithms.all_reduce import AllReduce
 from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport
 from lightning_slowmo.algorithms.block_momentum import BMUF
+from lightning_slowmo.algorithms.compressed_gossip import SQuARM, Threshold
 from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
+from lightning_slowmo.algorithms.quantized_averaging import QPRSGD
 from lightning_slowmo.algorithms.slow_momentum import SlowMo
+from lightning_slowmo.algorithms.squeezed_adam import APMSqueeze
 
-__all__ = ["BMUF", "Algorithm", "AllReduce", "DiLoCo", "Gossip", "LocalSGD", "Round", "Running", "SlowMo", "SyncReport"]
+__all__ = [
+    "BMUF",
+    "QPRSGD",
+    "APMSqueeze",
+    "Algorithm",
+    "AllReduce",
+    "DiLoCo",
+    "Gossip",
+    "LocalSGD",
+    "Round",
+    "Running",
+    "SQuARM",
+    "SlowMo",
+    "SyncReport",
+    "Threshold",
+]

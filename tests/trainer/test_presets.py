@@ -14,7 +14,7 @@ SUFFIXES = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"
 def train_presets(rank, size):
     models = {}
     for name in PRESETS:
-        module = Regression()
+        module = Regression(adam=name == "apmsqueeze")
         trainer(size, name, max_epochs=4).fit(module, data(rank))
         models[name] = numbers(module)
     return models

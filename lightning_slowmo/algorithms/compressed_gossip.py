@@ -1,0 +1,271 @@
+"""SQuARM-SGD: gossip of sparse, quantized differences, sent only when they are worth it.
+
+Singh, Data, George, Diggavi, "SQuARM-SGD: Communication-Efficient Momentum SGD for Decentralized Optimization", 2020,
+https://arxiv.org/abs/2005.07041. Every ``sync_every`` steps, with x_i½ the parameters of worker i after local steps
+(of any optimizer; in the paper SGD with Nesterov momentum), h_j what is known of worker j, and eta the learning rate::
+
+    q_i = C(x_i½ - h_i) if |x_i½ - h_i|² > c_t eta² else 0, and nothing is sent
+    h_j = h_j + q_j                                             for the neighbours j and i itself
+    x_i = x_i½ + gamma sum_j w_ij (h_j - h_i)
+
+Without momentum this is SPARQ-SGD (https://arxiv.org/abs/1910.14280), and without the trigger as well it is CHOCO-SGD
+(https://arxiv.org/abs/1902.00340) up to the order of gossip and gradient. Momentum belongs to the optimizer and is
+never communicated, so one implementation serves all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms.base import (
+    NOT_DUE,
+    Algorithm,
+    Round,
+    Running,
+    SyncReport,
+    check_period,
+    check_rate,
+    copy_state,
+)
+from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
+from lightning_slowmo.communication.collectives import Drift
+from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Compressor, SignTopK
+from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.topology import Mixing, Schedule, make
+
+InitialEstimate = Literal["model", "zero"]
+"""What is known of every worker before the first message: the common start, or nothing."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a difference is worth a message: its square exceeds c eta², where c grows.
+
+    Args:
+        initial: c at first. 0 sends always, infinity never.
+        growth: by how much c grows ...
+        every: ... after so many syncs.
+        until: syncs after which it grows no more; None: for ever.
+    """
+
+    initial: float = 0.0
+    growth: float = 0.0
+    every: int = 1
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "growth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+        check_period("every", self.every)
+        if self.until is not None:
+            check_period("until", self.until, least=0)
+
+    def at(self, sync: int) -> float:
+        """C at a sync, counted from 0."""
+        grown = sync if self.until is None else min(sync, self.until)
+        return self.initial + self.growth * (grown // self.every)
+
+
+@dataclass(frozen=True)
+class SQuARM(Algorithm):
+    """Gossip compressed differences, when they exceed a threshold.
+
+    Args:
+        topology: who sends to whom, see :class:`~lightning_slowmo.Gossip`: symmetric, and the same at every step.
+        sync_every: optimizer steps between syncs, the paper's H.
+        compressor: how differences are compressed; it must contract. Shares are of each tensor.
+        consensus_step: gamma; None takes :func:`suggest_consensus_step`.
+        trigger: when a message is sent.
+        initial_estimate: ``"model"``: all know the common start. ``"zero"``: nothing is known, as in the paper's
+            listing; the first messages then carry the model itself.
+        mixing: how the topology's graph is weighted.
+        seed: of the compressor's randomness.
+
+    Raises:
+        ValueError: if an argument is out of its range. :meth:`bind` raises it if the topology does not fit.
+
+    Example::
+
+        Trainer(strategy=SlowMoStrategy(SQuARM("ring", sync_every=5, trigger=Threshold(2.5, 1.5, every=100))))
+    """
+
+    topology: Any = "ring"
+    sync_every: int = 5
+    compressor: Compressor = field(default_factory=lambda: SignTopK(0.01))
+    consensus_step: float | None = None
+    trigger: Threshold = field(default_factory=Threshold)
+    initial_estimate: InitialEstimate = "model"
+    mixing: Mixing = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_period("sync_every", self.sync_every)
+        check_compressor(self.compressor)
+        if self.consensus_step is not None:
+            check_rate("consensus_step", self.consensus_step)
+        if not isinstance(self.trigger, Threshold):
+            raise ValueError(f"trigger must be a Threshold, got {self.trigger!r}.")
+        if self.initial_estimate not in get_args(InitialEstimate):
+            raise ValueError(f"initial_estimate must be 'model' or 'zero', got {self.initial_estimate!r}.")
+        graph = make(self.topology, self.mixing)
+        if not isinstance(self.topology, str):
+            object.__setattr__(self, "topology", graph)
+
+    def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
+        """Make the running state for one optimizer."""
+        return RunningSQuARM(self, optimizer, workers)
+
+
+def suggest_consensus_step(kept: float) -> float:
+    """A consensus step for a compressor that keeps a share ``kept`` of the square of typical messages, in (0, 1].
+
+    It is 1 if nothing is lost, about 0.5 for signs and 0.02 for the signs of the largest percent: the range of values
+    that CHOCO-SGD's authors found by tuning. The steps of its theory are a thousand times smaller.
+    """
+    return max(kept, 1e-3) ** 1.5
+
+
+class RunningSQuARM(Running):
+    """SQuARM at work, in its memory form: the own estimate and the mix of all, no copy of each neighbour.
+
+    Attributes:
+        estimate: h_i, what the neighbours know of this worker; one flat tensor per run.
+        mixed: sum_j w_ij h_j over the neighbours and the worker itself.
+        syncs: rounds so far.
+    """
+
+    def __init__(self, config: SQuARM, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self.config = config
+        self.schedule = _symmetric(make(config.topology, config.mixing).on(workers.size), config.topology)
+        step = config.consensus_step
+        self.consensus_step = suggest_consensus_step(_kept(config.compressor, self.layout)) if step is None else step
+        self.syncs = 0
+        self._begin_anew()
+        if not workers.alone:  # NCCL wants all workers in the first communication of a group
+            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
+
+    def _begin_anew(self) -> None:
+        known = self.config.initial_estimate == "model"
+        self.estimate = self.layout.snapshot() if known else self.layout.zeros()
+        self.mixed = [flat.clone() for flat in self.estimate]
+
+    def due(self) -> int:
+        """Level 1 after every ``sync_every`` local steps."""
+        return 1 if self.pending >= self.config.sync_every else NOT_DUE
+
+    def sync(self, round: Round) -> SyncReport:
+        """Tell the neighbours what changed, if it is worth it, and move towards what is known of them."""
+        if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
+            return SyncReport(drift=self.average(round))
+        rank = self.workers.rank
+        triggered = [bool(row[0]) for row in self.workers.gather([self._triggers()], "who has something to say")]
+        plan = self.schedule.exchange(rank, 0)
+        receivers = [peer for peer, _ in plan.sends] if triggered[rank] else []
+        senders = [(peer, weight) for peer, weight in plan.receives if triggered[peer]]
+        generator_on = generators(self.config.seed, rank, self.syncs)
+        compressor, drift = self.config.compressor, Drift(self.layout.numel)
+        for bucket in self.layout.buckets:
+            x = bucket.pack(self.scratch.take(bucket))
+            local, estimate, mixed = drift.sample(x), bucket.of(self.estimate), bucket.of(self.mixed)
+            if triggered[rank]:
+                payload = compressor.compress(x - estimate, bucket.segments, generator_on(bucket.device))
+                own = compressor.decompress(payload, bucket.segments, x.dtype)
+                estimate.add_(own)
+                mixed.add_(own, alpha=plan.self_weight)
+            else:
+                size = compressor.payload_bytes(bucket.segments, x.dtype)
+                payload = torch.empty(size, dtype=torch.uint8, device=x.device)
+            for message, weight in exchange(self.workers, payload, receivers, senders).messages():
+                mixed.add_(compressor.decompress(message, bucket.segments, x.dtype), alpha=weight)
+            x.add_(mixed - estimate, alpha=self.consensus_step)
+            drift.compare(local, x, 1.0)
+            bucket.unpack(x)
+        self.syncs += 1
+        self.pending = 0
+        return SyncReport(drift=drift.value(), skipped=int(not triggered[rank]))
+
+    def _triggers(self) -> bool:
+        """Whether the whole model's difference, in units of the learning rate, exceeds the threshold."""
+        c = self.config.trigger.at(self.syncs)
+        if c == 0 or math.isinf(c):
+            return c == 0
+        rates, squares = self.rates(), 0.0
+        for bucket in self.layout.buckets:
+            difference = bucket.pack(self.scratch.take(bucket)) - bucket.of(self.estimate)
+            rate = rates[bucket.group]
+            square = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+            squares += square / rate**2 if rate else (math.inf if square else 0.0)
+        return squares > c
+
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+        """Exact average, from which gossip begins anew: everybody knows it."""
+        drift = super().average(round, then)
+        self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
+        return drift
+
+    def finish(self, round: Round) -> None:
+        """End with an exact average."""
+        self.average(round)
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
+        estimate, mixed = layout.snapshot(), layout.snapshot()
+        layout.carry(self.layout, self.estimate, estimate)
+        layout.carry(self.layout, self.mixed, mixed)
+        self.estimate, self.mixed = estimate, mixed
+        super().relayout(layout)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """The number of syncs."""
+        return {"syncs": self.syncs}
+
+    def local_state(self) -> dict[str, Any]:
+        """What neighbours know of this worker, and it of them."""
+        return super().local_state() | {
+            "estimate": self.layout.per_parameter(self.estimate),
+            "mixed": self.layout.per_parameter(self.mixed),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
+        self.syncs = state["syncs"]
+        self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned."""
+        super().load_local_state(state)
+        copy_state(self.layout.per_parameter(self.estimate), state["estimate"], "estimate")
+        copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of estimates")
+
+
+def _symmetric(schedule: Schedule, topology: Any) -> Schedule:
+    """The schedule, if it is one symmetric matrix."""
+    if schedule.period != 1 or not np.allclose(schedule.weights(), schedule.weights().T):
+        raise ValueError(
+            f"SQuARM needs the same symmetric weights at every step, which {topology!r} does not give. Use an "
+            "undirected graph such as 'ring', with mixing='metropolis' if it is irregular."
+        )
+    return schedule
+
+
+def _kept(compressor: Compressor, layout: Layout) -> float:
+    """About the share of the square of a normally distributed vector that a compressor keeps."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(min(layout.numel, 10_000), generator=generator)
+    decoded = compressor.decompress(compressor.compress(sample, None, generator), (sample.numel(),))
+    return float(1 - (sample - decoded).square().sum() / sample.square().sum())

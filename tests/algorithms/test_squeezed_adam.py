@@ -1,0 +1,166 @@
+"""APMSqueeze against Adam, a numpy listing with a frozen second moment, and its own accounts."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_slowmo import AllReduce, APMSqueeze
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Identity, Sign, TopK
+from tests.algorithms.training import CHANGING, STEPS, Training, same, small_buckets, train
+from tests.on_workers import on_workers
+
+B1, B2, EPS, DECAY = 0.9, 0.98, 1e-8, 0.1
+OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, betas=(B1, B2)),
+    "foreach": partial(torch.optim.Adam, betas=(B1, B2), foreach=True),
+    "fused": partial(torch.optim.Adam, betas=(B1, B2), fused=True),
+    "adamw": partial(torch.optim.AdamW, betas=(B1, B2), weight_decay=DECAY),
+    "l2": partial(torch.optim.Adam, betas=(B1, B2), weight_decay=DECAY),
+}
+
+
+def listing(workers, warmup, kind):
+    """Adam on mean gradients for ``warmup`` steps, then with its second moment as it was; parameters after each."""
+    xs = CHANGING.initial()
+    ms, vs = [np.zeros_like(x) for x in xs], [np.zeros_like(x) for x in xs]
+    rows = []
+    for t in range(STEPS):
+        for i, group in enumerate(CHANGING.group_of):
+            rate = CHANGING.rates[t][group]
+            g = CHANGING.mean_gradient(workers, t, i, xs[i])
+            if kind == "l2":
+                g = g + DECAY * xs[i]
+            if kind == "adamw":
+                xs[i] = xs[i] * (1 - rate * DECAY)
+            ms[i] = B1 * ms[i] + (1 - B1) * g
+            if t < warmup:
+                vs[i] = B2 * vs[i] + (1 - B2) * g**2
+            v = vs[i] / (1 - B2 ** min(t + 1, warmup))
+            xs[i] = xs[i] - rate * ms[i] / (1 - B1 ** (t + 1)) / (np.sqrt(v) + EPS)
+        rows.append(np.concatenate([x.ravel() for x in xs]))
+    return np.stack(rows)
+
+
+@on_workers(1, 2, 3, 4, each=list(OPTIMIZERS))
+def test_without_loss_it_is_adam_whose_second_moment_stops(workers, case):
+    with small_buckets():
+        ours = train(workers, APMSqueeze(9, Identity()), CHANGING, OPTIMIZERS[case])
+    same(ours, listing(workers.size, 9, case))
+
+
+@on_workers(2)
+def test_a_warm_up_without_end_is_adam(workers):
+    ours = train(workers, APMSqueeze(10**6), CHANGING, OPTIMIZERS["adam"])
+    same(ours, train(workers, AllReduce(), CHANGING, OPTIMIZERS["adam"]))
+
+
+@on_workers(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
+def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
+    with small_buckets():
+        training = Training(workers, APMSqueeze(6, case), CHANGING, OPTIMIZERS["adam"])
+        (unit,) = training.engine.units
+        missing = 0.0
+        while training.steps < STEPS:
+            old = torch.cat(unit.momentum).numpy().copy()
+            x, step = [p.detach().numpy().copy() for p in training.parameters], training.steps
+            training.step()
+            rows = np.array(workers.gather(training.values().tolist()))
+            assert (rows == rows[0]).all()
+            if unit.syncs:
+                means = [CHANGING.mean_gradient(workers.size, step, i, value) for i, value in enumerate(x)]
+                wanted = B1 * old + (1 - B1) * np.concatenate([g.ravel() for g in means])
+                total = np.concatenate([part.numpy().ravel() for part in unit.feedback.total()])
+                np.testing.assert_allclose(torch.cat(unit.momentum), wanted + missing - total, rtol=0, atol=1e-12)
+                missing = total
+        assert unit.syncs == STEPS - 6
+        assert np.abs(missing).max() > 1e-4
+
+
+@on_workers(2, 4)
+def test_after_the_warm_up_it_sends_96_percent_less(workers):
+    big = replace(CHANGING, groups=(((300, 200), (200,)), ((100, 100),)), rates=CHANGING.rates[:6])
+    sent = []
+    for algorithm in (AllReduce(), APMSqueeze(2)):
+        training = Training(workers, algorithm, big, OPTIMIZERS["adam"], torch.float32)
+        for _ in range(2):
+            training.step()
+        before = workers.traffic.copy()
+        training.trajectory()
+        used = workers.traffic - before
+        sent.append(used.sent - 100 * used.headers * (workers.size - 1))
+    assert 0 < sent[1] <= 0.04 * sent[0], sent
+
+
+@on_workers(2)
+def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(workers):
+    training = Training(workers, APMSqueeze(4), CHANGING, OPTIMIZERS["adam"])
+    (unit,) = training.engine.units
+    matrix = training.parameters[0]
+    row = matrix.detach()[1].clone()
+    for step in range(12):
+        for index, parameter in enumerate(training.parameters):
+            x = parameter.detach().numpy()
+            parameter.grad = torch.as_tensor(CHANGING.gradient(workers.rank, step, index, x))
+        matrix.grad[1] = 0
+        training.engine.after_backward()
+        training.engine.before_step()
+        before = training.values()
+        if not (step == 8 and workers.rank == 1):  # what a gradient scaler does
+            training.optimizer.step()
+        training.engine.after_step()
+        assert np.array_equal(training.values(), before) == (step == 8)
+        assert torch.equal(matrix.detach()[1], row)
+    assert unit.syncs == 7
+    assert float(unit.steps[0]) == 11
+
+
+@on_workers(2, 3)
+def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(workers):
+    for cut in (3, 10):
+        with small_buckets():
+            whole = Training(workers, APMSqueeze(6), CHANGING, OPTIMIZERS["adamw"])
+            for _ in range(cut):
+                whole.step()
+            shared, local = whole.engine.shared_state(), whole.engine.local_state()
+            resumed = Training(workers, APMSqueeze(6), CHANGING, OPTIMIZERS["adamw"])
+            resumed.steps = cut
+            resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
+            resumed.engine.load_shared_state(shared)
+            resumed.engine.load_local_state(local)
+            assert np.array_equal(resumed.trajectory(), whole.trajectory())
+
+
+@on_workers(2)
+def test_the_automatic_warm_up_ends_when_the_second_moment_is_stable(workers):
+    problem = replace(CHANGING, rates=((1e-4, 1e-4),) * 200)
+    optimizer = partial(torch.optim.Adam, betas=(B1, 0.95))
+    training = Training(workers, APMSqueeze(), problem, optimizer)
+    (unit,) = training.engine.units
+    norms = {}
+    while not unit.frozen and training.steps < 200:
+        training.step()
+        if training.steps % 20 == 0:
+            states = training.optimizer.state.values()
+            norms[training.steps] = sum(float(s["exp_avg_sq"].sum()) for s in states) / (1 - 0.95**training.steps)
+            if unit.frozen:
+                norms[training.steps] = float(sum(v.sum() for v in unit.variance))
+    assert unit.frozen
+    *earlier, before, last = norms.values()
+    assert min(last / before, before / last) >= 0.96
+    pairs = zip([*earlier, before], [*earlier, before][1:], strict=False)
+    assert all(min(a / b, b / a) < 0.96 for a, b in pairs)
+
+
+def test_other_optimizers_and_amsgrad_are_refused():
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match="needs torch"):
+        APMSqueeze().bind(torch.optim.SGD(parameters, lr=0.1), Workers())
+    with pytest.raises(ValueError, match="amsgrad"):
+        APMSqueeze().bind(torch.optim.Adam(parameters, amsgrad=True), Workers())
+    with pytest.raises(ValueError, match="warmup_steps"):
+        APMSqueeze(0)
