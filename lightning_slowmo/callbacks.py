@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lightning_slowmo.communication.collectives import average_tensors, broadcast_tensors
+
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EMAWeightAveraging
 else:  # the mixin itself belongs to neither package
@@ -11,30 +15,50 @@ else:  # the mixin itself belongs to neither package
 
 
 class AtSyncMixin(EMAWeightAveraging):
-    """Exponential moving average of the weights, taken only right after a sync, when they are equal on all workers.
+    """Exponential moving average of the weights, taken only at syncs, when they are equal on all workers.
 
     Lightning's own ``EMAWeightAveraging`` averages after every step, which is each worker's local weights here: the
-    averages differ between workers, and so do the metrics that are validated with them.
+    averages differ between workers, and so do the metrics that are validated with them. With strategies that keep the
+    workers equal at all times, this callback is Lightning's own.
 
     Args:
         decay: of the average, per sync rather than per step.
-        kwargs: further arguments of ``EMAWeightAveraging``.
+        kwargs: further arguments of ``EMAWeightAveraging``; where they count steps, they count syncs here.
 
     Example::
 
         Trainer(strategy="slowmo", callbacks=EMAAtSync(decay=0.9))
     """
 
-    _synced = False
+    _at_syncs = False
 
-    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """See whether the step that has just been taken ended in a sync."""
-        self._synced = getattr(trainer.strategy, "just_synced", True)  # other strategies keep workers equal always
-        super().on_train_batch_end(trainer, *args, **kwargs)
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start from rank 0's average: this callback copied the model before the workers were given the same one."""
+        super().on_fit_start(trainer, pl_module)
+        engine = getattr(trainer.strategy, "engine", None)
+        self._at_syncs = engine is not None
+        if engine is not None:
+            assert self._average_model is not None
+            with torch.no_grad():
+                broadcast_tensors(list(self._average_model.state_dict().values()), engine.everyone)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Only after a sync."""
-        return self._synced and super().should_update(step_idx, epoch_idx)
+        """Not when Lightning asks, if there are syncs to wait for."""
+        return not self._at_syncs and super().should_update(step_idx, epoch_idx)
+
+    def on_sync(self, trainer: Any, pl_module: Any) -> None:
+        """Take the workers' common weights into the average, and the mean of their buffers.
+
+        The strategy calls this within a sync, on all workers: also on those that have finished their epoch.
+        """
+        engine = trainer.strategy.engine
+        if any(unit.pending for unit in engine.units):
+            return  # this was the sync of one of several optimizers
+        if super().should_update(engine.rounds - 1):
+            assert self._average_model is not None
+            self._average_model.update_parameters(pl_module)
+            with torch.no_grad():
+                average_tensors(list(self._average_model.module.buffers()), engine.everyone)
 
 
 if not TYPE_CHECKING:

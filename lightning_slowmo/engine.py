@@ -18,7 +18,7 @@ import re
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class Engine:
         save: the same for a checkpoint that is to be written once all workers are between two batches, see
             :meth:`pause`.
         total: totals over all syncs so far.
+        on_sync: called at the end of every sync, on all workers together.
 
     Raises:
         ValueError: if there is nothing to train.
@@ -91,6 +92,7 @@ class Engine:
         self.terminate = False
         self.save = False
         self.total = SyncReport(count=0)
+        self.on_sync: Callable[[], None] = lambda: None
         self.rounds = 0
         require_equal(
             self.everyone,
@@ -238,6 +240,7 @@ class Engine:
         self._average_moving(look=self.rounds <= 2)
         if not all(round.healthy):
             self._heal(header.unit, round)
+        self.on_sync()
         return report
 
     def _round(self, meeting: Meeting, header: Header) -> Round:

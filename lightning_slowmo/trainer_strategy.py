@@ -127,7 +127,9 @@ class SlowMoMixin(DDPStrategy):
         """No engine, no groups: the state before :meth:`setup_environment`, and what travels to spawned processes."""
         self.engine: Engine | None = None
         self.everyone = self.workers = Workers()
-        self.just_synced = False
+        self._reduced = False
+        self._steps = self._reducing_steps = 0
+        self._warned_of_reductions = False
         self._node: Any = None
         self._world: Any = None
         self._training = False
@@ -236,6 +238,7 @@ class SlowMoMixin(DDPStrategy):
             shard_slow_state=self.shard_slow_state,
             offload_slow_state=self.offload_slow_state,
         )
+        self.engine.on_sync = self._on_sync
         warn_of_hidden_collectives(trainer)
         self._watch_optimizers()
         self._quiet_sigterm(trainer)
@@ -371,15 +374,33 @@ class SlowMoMixin(DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = False
+        if self._trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's last epoch collects statistics alone
+            return output
+        self._steps += 1
+        self._reducing_steps += self._reduced
+        self._reduced = False
         with self._flags():
             report = self.engine.after_step(unit)
-        self.just_synced = report is not None
         if report is not None and self.log_syncs:
             metrics = report.metrics() | {"sync/count": self.engine.total.count}
             step = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of Lightning's own metrics
             for logger in self._trainer.loggers:
                 logger.log_metrics(metrics, step=step)
         return output
+
+    def _on_sync(self) -> None:
+        """Tell the callbacks that care, and warn if metrics made the workers meet at most steps since the last sync."""
+        if 2 <= self._steps < 2 * self._reducing_steps and not self._warned_of_reductions:
+            rank_zero_warn(
+                f"{self._reducing_steps} of {self._steps} steps between two syncs reduced a metric over the workers, "
+                "which makes them wait for one another. Use self.log(..., on_step=False, on_epoch=True, "
+                "sync_dist=True), or sync_dist=False."
+            )
+            self._warned_of_reductions = True
+        self._steps = self._reducing_steps = 0
+        for callback in self._trainer.callbacks:
+            if isinstance(callback, AtSyncMixin):
+                callback.on_sync(self._trainer, self.lightning_module)
 
     def on_train_end(self) -> None:
         """All workers end with the consensus."""
@@ -426,6 +447,7 @@ class SlowMoMixin(DDPStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce a tensor, such as a metric."""
         self._meet(Reason.REDUCE)
+        self._reduced = self._training
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
