@@ -3,6 +3,8 @@
 It runs in processes that a test starts and kills, and as a script under torchrun::
 
     python -m torch.distributed.run --nproc-per-node 2 --max-restarts 3 -m tests.faults.digits FOLDER STEPS
+
+Without torchrun, Lightning itself starts the second process.
 """
 
 import json
@@ -75,7 +77,7 @@ class Diary(Callback):
     def on_train_start(self, trainer, module):
         # The strategy begins to train after the callbacks; a file that is there means that it may be killed.
         momentum = [float(m.norm()) for unit in trainer.strategy.engine.units for m in unit.momentum]
-        self.write(trainer, "start", step=trainer.global_step, momentum=momentum, size=trainer.world_size)
+        self.write("start", trainer, step=trainer.global_step, momentum=momentum, size=trainer.world_size)
 
     def on_fit_end(self, trainer, module):
         everything = Digits(0, 1, batch_size=1797)
@@ -83,10 +85,13 @@ class Diary(Callback):
         with torch.no_grad():
             loss = module.loss(next(iter(everything)))
         weights = {name: tensor.double().flatten().tolist() for name, tensor in module.state_dict().items()}
-        self.write(trainer, "end", step=trainer.global_step, loss=float(loss), weights=weights)
+        self.write("end", trainer, step=trainer.global_step, loss=float(loss), weights=weights)
 
-    def write(self, trainer, name, **entry):
-        if trainer.is_global_zero:
+    def on_exception(self, trainer, module, exception):
+        self.write("exception", step=trainer.global_step, error=type(exception).__name__)
+
+    def write(self, name, trainer=None, **entry):
+        if trainer is None or trainer.is_global_zero:
             path = self.folder / f"{name} {time.monotonic_ns()}.json"
             path.with_suffix(".part").write_text(json.dumps(entry | {"time": time.monotonic()}))
             path.with_suffix(".part").rename(path)
@@ -108,7 +113,7 @@ def train(rank, size, folder, steps, seconds_per_step=0.002, limit=timedelta(sec
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=2, monitor="step", mode="max")
     strategy = SlowMoStrategy(SlowMo(sync_every=SYNC_EVERY, slow_momentum=0.7), sync_timeout=limit, timeout=limit)
     callbacks = [Diary(folder), saving, Pace(seconds_per_step)]
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     fitting = trainer(
         here,
         strategy,
@@ -137,5 +142,5 @@ class Pace(Callback):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    train(int(os.environ["RANK"]), world, sys.argv[1], int(sys.argv[2]), 0.01, timedelta(minutes=3))
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    train(rank, int(os.environ.get("WORLD_SIZE", 2)), sys.argv[1], int(sys.argv[2]), 0.01, timedelta(minutes=3))

@@ -1,4 +1,4 @@
-"""torchrun restarts workers that die: they go on by themselves from the newest checkpoint, also with fewer of them."""
+"""Real processes from the command line: torchrun restarts those that die, and they go on by themselves."""
 
 import os
 import signal
@@ -18,9 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "tests.faults.digits"]
+    return python(folder, "-m", "torch.distributed.run", *arguments)
+
+
+def python(folder, *arguments):
     return subprocess.Popen(
-        [*command, str(folder), str(STEPS)],
+        [sys.executable, *arguments, "-m", "tests.faults.digits", str(folder), str(STEPS)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -39,6 +42,12 @@ def wait_until(true, agents, deadline):
     while not true():
         assert time.monotonic() < deadline, "too late"
         assert any(agent.poll() is None for agent in agents), "all agents have ended"
+        time.sleep(0.05)
+
+
+def wait_until_gone(pid, deadline):
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(") ")[1][:1]:
+        assert time.monotonic() < deadline, "still alive"
         time.sleep(0.05)
 
 
@@ -69,9 +78,7 @@ def check(folder, sizes):
 @pytest.mark.processes
 def test_torchrun_restarts_killed_workers_which_resume_by_themselves(tmp_path):
     deadline = time.monotonic() + LIMIT
-    agent = torchrun(
-        tmp_path, "--nproc-per-node=2", "--max-restarts=3", "--master-addr=127.0.0.1", f"--master-port={free_port()}"
-    )
+    agent = torchrun(tmp_path, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=3")
     try:
         for life in (1, 2):
             wait_until(lambda: len(digits.diary(tmp_path, "start")) == life, [agent], deadline)  # noqa: B023
@@ -113,3 +120,23 @@ def test_an_elastic_job_goes_on_with_fewer_nodes_when_one_disappears(tmp_path):
     finally:
         end(agents)
     check(tmp_path, [2, 1])
+
+
+@pytest.mark.faults
+@pytest.mark.processes
+@pytest.mark.parametrize("who", ["the first", "the second"])
+def test_sigterm_to_one_process_of_lightnings_own_launcher_ends_both_at_one_sync(tmp_path, who):
+    deadline = time.monotonic() + LIMIT
+    first = python(tmp_path)
+    try:
+        wait_until(lambda: len(digits.steps_saved(tmp_path)) > 0, [first], deadline)
+        (second,) = workers_of(first)
+        os.kill(first.pid if who == "the first" else second, signal.SIGTERM)
+        assert first.wait(max(1.0, deadline - time.monotonic())) == 128 + signal.SIGTERM
+        wait_until_gone(second, deadline)
+    finally:
+        end([first])
+    one, other = digits.diary(tmp_path, "exception")
+    assert one["error"] == other["error"] == "SIGTERMException"
+    assert one["step"] == other["step"]
+    assert one["step"] % digits.SYNC_EVERY == 0
