@@ -134,11 +134,16 @@ class Running(ABC):
     def is_finite(self) -> bool:
         """Whether all parameters are finite."""
         parameters = [parameter.detach() for parameter in self.layout.parameters]
-        norms = torch._foreach_norm(parameters)
-        if all(norm.isfinite() for norm in norms):
+        norms = [norm.double() for norm in torch._foreach_norm(parameters)]
+        if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
             return True
         # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
         return all(parameter.isfinite().all() for parameter in parameters)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the workers' parameters are known to be equal now; gossip, say, only brings them closer."""
+        return False
 
     def place_slow_state(self, shard: bool, offload: bool) -> None:
         """Keep slow state elsewhere than whole and beside the parameters. Called once, before training.
