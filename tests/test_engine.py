@@ -174,9 +174,10 @@ def test_with_two_optimizers_and_an_even_period_both_are_averaged(workers):
 @on_workers(2)
 def test_parameters_without_gradients_are_averaged_all_the_same(workers):
     """PyTorch's averager skips what zero_grad() has set to None."""
-    parameter = Parameter(torch.full((3,), float(workers.rank)))
+    parameter = Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     engine = Engine(LocalSGD(1), [optimizer], workers)
+    parameter.data.fill_(workers.rank)
     optimizer.zero_grad()
     assert parameter.grad is None
     engine.after_step()
@@ -363,8 +364,9 @@ def test_sixty_four_steps_of_period_sixteen_are_four_syncs_and_an_end(workers):
 
 @on_workers(2)
 def test_the_report_tells_drift_relative_to_the_mean(workers):
-    parameter = Parameter(torch.full((4,), (1.0, 3.0)[workers.rank]))
+    parameter = Parameter(torch.zeros(4))
     engine = Engine(LocalSGD(1), [torch.optim.SGD([parameter], lr=0.1)], workers)
+    parameter.data.fill_((1.0, 3.0)[workers.rank])
     report = engine.after_step()
     assert report.drift == pytest.approx(0.5)  # 1 from a mean of 2
     assert report.seconds > 0
