@@ -25,7 +25,7 @@ def python(folder, *arguments):
     return subprocess.Popen(
         [sys.executable, *arguments, "-m", "tests.faults.digits", str(folder), str(STEPS)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.DEVNULL,
         stderr=open(folder / "stderr", "a"),
         start_new_session=True,
@@ -132,7 +132,7 @@ def test_sigterm_to_one_process_of_lightnings_own_launcher_ends_both_at_one_sync
         wait_until(lambda: len(digits.steps_saved(tmp_path)) > 0, [first], deadline)
         (second,) = workers_of(first)
         os.kill(first.pid if who == "the first" else second, signal.SIGTERM)
-        assert first.wait(max(1.0, deadline - time.monotonic())) == 128 + signal.SIGTERM
+        assert first.wait(max(1.0, deadline - time.monotonic())) == 0  # Lightning exits with no code of its own
         wait_until_gone(second, deadline)
     finally:
         end([first])
