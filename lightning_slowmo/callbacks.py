@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_slowmo.communication.collectives import average_tensors, broadcast_tensors
 
@@ -36,7 +37,7 @@ class AtSyncMixin(EMAWeightAveraging):
         """Start from rank 0's average: this callback copied the model before the workers were given the same one."""
         super().on_fit_start(trainer, pl_module)
         engine = getattr(trainer.strategy, "engine", None)
-        self._at_syncs = engine is not None
+        self._at_syncs = engine is not None and not all(unit.exchanges_gradients for unit in engine.units)
         if engine is not None:
             assert self._average_model is not None
             with torch.no_grad():
@@ -49,16 +50,26 @@ class AtSyncMixin(EMAWeightAveraging):
     def on_sync(self, trainer: Any, pl_module: Any) -> None:
         """Take the workers' common weights into the average, and the mean of their buffers.
 
-        The strategy calls this within a sync, on all workers: also on those that have finished their epoch.
+        The strategy calls this within a sync, on all workers, also those that have finished their epoch; but not in a
+        round of gossip, nor while another optimizer's parameters are in the middle of a period.
         """
         engine = trainer.strategy.engine
-        if any(unit.pending for unit in engine.units):
-            return  # this was the sync of one of several optimizers
         if super().should_update(engine.rounds - 1):
             assert self._average_model is not None
             self._average_model.update_parameters(pl_module)
             with torch.no_grad():
                 average_tensors(list(self._average_model.module.buffers()), engine.everyone)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """End with the average, if there is one."""
+        assert self._average_model is not None
+        if self._average_model.n_averaged:
+            super().on_train_end(trainer, pl_module)
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__} saw no sync at which all workers were equal, so the model is left as trained. "
+                "Train for longer than sync_every steps; gossip needs SlowMo around it."
+            )
 
 
 if not TYPE_CHECKING:

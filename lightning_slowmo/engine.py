@@ -61,7 +61,7 @@ class Engine:
         save: the same for a checkpoint that is to be written once all workers are between two batches, see
             :meth:`pause`.
         total: totals over all syncs so far.
-        on_sync: called at the end of every sync, on all workers together.
+        on_sync: called at the end of every sync, on all workers together, with whether all their parameters are equal.
 
     Raises:
         ValueError: if there is nothing to train.
@@ -92,7 +92,7 @@ class Engine:
         self.terminate = False
         self.save = False
         self.total = SyncReport(count=0)
-        self.on_sync: Callable[[], None] = lambda: None
+        self.on_sync: Callable[[bool], None] = lambda agreed: None
         self.rounds = 0
         require_equal(
             self.everyone,
@@ -240,7 +240,9 @@ class Engine:
         self._average_moving(look=self.rounds <= 2)
         if not all(round.healthy):
             self._heal(header.unit, round)
-        self.on_sync()
+        # All workers must come to the same answer, so it follows from what they told one another.
+        others = [pending for h in meeting.headers for i, pending in enumerate(h.pending) if i != header.unit]
+        self.on_sync(unit.agrees_after(round) and not any(others))
         return report
 
     def _round(self, meeting: Meeting, header: Header) -> Round:

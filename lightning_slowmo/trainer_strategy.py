@@ -388,7 +388,7 @@ class SlowMoMixin(DDPStrategy):
                 logger.log_metrics(metrics, step=step)
         return output
 
-    def _on_sync(self) -> None:
+    def _on_sync(self, agreed: bool) -> None:
         """Tell the callbacks that care, and warn if metrics made the workers meet at most steps since the last sync."""
         if 2 <= self._steps < 2 * self._reducing_steps and not self._warned_of_reductions:
             rank_zero_warn(
@@ -399,7 +399,7 @@ class SlowMoMixin(DDPStrategy):
             self._warned_of_reductions = True
         self._steps = self._reducing_steps = 0
         for callback in self._trainer.callbacks:
-            if isinstance(callback, AtSyncMixin):
+            if agreed and isinstance(callback, AtSyncMixin):
                 callback.on_sync(self._trainer, self.lightning_module)
 
     def on_train_end(self) -> None:

@@ -140,9 +140,8 @@ class Running(ABC):
         # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
         return all(parameter.isfinite().all() for parameter in parameters)
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the workers' parameters are known to be equal now; gossip, say, only brings them closer."""
+    def agrees_after(self, round: Round) -> bool:
+        """Whether a sync makes the workers' parameters equal; gossip, say, only brings them closer."""
         return False
 
     def place_slow_state(self, shard: bool, offload: bool) -> None:

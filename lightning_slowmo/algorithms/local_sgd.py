@@ -43,6 +43,10 @@ class RunningLocalSGD(Running):
         super().__init__(optimizer, workers)
         self.config = config
 
+    def agrees_after(self, round: Round) -> bool:
+        """Always."""
+        return True
+
     def due(self) -> int:
         """Level 1 after every ``sync_every`` local steps."""
         return 1 if self.pending >= self.config.sync_every else NOT_DUE

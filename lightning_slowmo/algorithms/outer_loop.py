@@ -147,6 +147,10 @@ class RunningOuterLoop(Running):
             inner_buffers.average(self.optimizer, self.workers)
         return report
 
+    def agrees_after(self, round: Round) -> bool:
+        """After an outer step from the average, and between outer steps when the base does."""
+        return self.averages if round.levels & self.level else self.base.agrees_after(round)
+
     def _move(self, block: Block, total: Tensor, weight: float) -> None:
         anchor = block.of(self.anchor)
         here = total.to(anchor.device)  # total itself, unless slow state is offloaded

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.tuner import Tuner
 
-from lightning_slowmo import SlowMo, SlowMoStrategy
+from lightning_slowmo import AllReduce, Gossip, SlowMo, SlowMoStrategy
 from lightning_slowmo.callbacks import EMAAtSync
 from tests.harness import run_trainers
 from tests.trainer.models import Regression, all_finite, data, distance, numbers, trainer
@@ -217,30 +217,33 @@ def test_stochastic_weight_averaging_ends_with_the_mean_of_the_workers_averages(
         assert distance(ours["end"], mean(ours["averages"], theirs["averages"])) < 1e-6
 
 
+EMA_SITUATIONS = {
+    # name: (algorithm, BatchNorm, batches of rank 1, updates)
+    "plain": (SlowMo(sync_every=SYNC_EVERY), False, 8, 8),
+    "BatchNorm": (SlowMo(sync_every=SYNC_EVERY), True, 8, 8),
+    "uneven": (SlowMo(sync_every=SYNC_EVERY), True, 4, 8),
+    "gossip inside": (SlowMo(Gossip(), sync_every=6), False, 8, 4),
+}
+
+
 def average_exponentially(rank, folder):
     results = {}
-    for name, batch_norm, examples in (("plain", False, 32), ("BatchNorm", True, 32), ("uneven", True, 32 - 16 * rank)):
+    for name, (algorithm, batch_norm, batches, _) in EMA_SITUATIONS.items():
         ema = EMAAtSync(decay=0.5)
         saving = ModelCheckpoint(f"{folder}/{name}", "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
         # Another start on each rank, as without a seed: the callback copies the model before it is made equal.
         module = Watched(batch_norm=batch_norm, seed=1 + rank)
-        fitting = trainer(
-            2,
-            SlowMoStrategy(SlowMo(sync_every=SYNC_EVERY)),
-            callbacks=[ema, saving],
-            enable_checkpointing=True,
-            max_epochs=3,
-        )
-        fitting.fit(module, data(rank, examples=examples), data(9))
+        options = {"callbacks": [ema, saving], "enable_checkpointing": True, "max_epochs": 3}
+        fitting = trainer(2, SlowMoStrategy(algorithm), **options)
+        fitting.fit(module, data(rank, examples=4 * batches if rank else 32), data(9))
         results[name] = {
             "validated": module.validated,
             "end": numbers(module),
             "average": numbers(ema._average_model.module),
             "updates": int(ema._average_model.n_averaged),
-            "syncs": fitting.strategy.report.count,
         }
-    for name, batch_norm in (("plain", False), ("BatchNorm", True)):
-        again = Watched(batch_norm=batch_norm, seed=1 + rank)
+    for name in ("plain", "BatchNorm"):
+        again = Watched(batch_norm=name == "BatchNorm", seed=1 + rank)
         fit(rank, [EMAAtSync(decay=0.5)], again, val_seed=9, ckpt=f"{folder}/{name}/epoch=1.ckpt")
         results[f"{name}, resumed"] = numbers(again), again.validated
     return results
@@ -250,15 +253,41 @@ def average_exponentially(rank, folder):
 def test_an_average_at_syncs_is_equal_on_all_ranks_in_validation_at_the_end_and_after_a_resume(tmp_path):
     first, second = run_trainers(2, average_exponentially, str(tmp_path))
     assert first == second
-    for name in ("plain", "BatchNorm", "uneven"):
+    for name, (_, _, _, updates) in EMA_SITUATIONS.items():
         found = first[name]
-        assert found["updates"] == found["syncs"] == 8
-        assert found["end"] == found["average"]
+        assert found["updates"] == updates, name
+        assert found["end"] == found["average"], name
         assert len(found["validated"]) == 3
-        assert weights(tmp_path / name / "epoch=2.ckpt") == found["end"] == found["validated"][-1]
+        assert weights(tmp_path / name / "epoch=2.ckpt") == found["end"] == found["validated"][-1], name
         assert distance(found["validated"][0], found["end"]) > 1e-2
     for name in ("plain", "BatchNorm"):
         assert first[f"{name}, resumed"] == (first[name]["end"], first[name]["validated"][2:])
+
+
+def average_without_agreement(rank):
+    """Gossip, which never makes the workers equal; a fit that is too short; and gradients that all share."""
+    results = {}
+    for name, algorithm in (("gossip", Gossip()), ("short", SlowMo(sync_every=100)), ("all-reduce", AllReduce())):
+        ema = EMAAtSync(decay=0.5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module, _ = fit(rank, [ema], strategy=SlowMoStrategy(algorithm), max_epochs=1)
+        said = [text for text in (str(warning.message) for warning in caught) if "left as trained" in text]
+        results[name] = numbers(module), module.trained[-1], numbers(ema._average_model.module), len(said)
+    return results
+
+
+@pytest.mark.processes
+def test_a_model_is_left_as_trained_if_there_was_nothing_to_average():
+    first, second = run_trainers(2, average_without_agreement)
+    for name in ("gossip", "short"):
+        (end, trained, _, said), (end_there, trained_there, _, _) = first[name], second[name]
+        assert end == end_there
+        assert distance(end, mean(trained, trained_there)) < 1e-6
+        assert said == 1
+    end, _, average, said = first["all-reduce"]
+    assert end == average == second["all-reduce"][0]
+    assert said == 0
 
 
 # Warnings -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_slowmo import LocalSGD, SlowMo, SlowMoStrategy
+from lightning_slowmo.callbacks import EMAAtSync
 from tests.harness import run_trainers
 from tests.trainer.models import FEATURES, Regression, data, distance, numbers, trainer
 
@@ -48,9 +49,11 @@ class Gan(Regression):
         ]
 
 
+IN_TURN = "in turn, one even period"
+
 SITUATIONS = {
     # name: (algorithm, whose turn it is at a batch of a rank, steps between syncs)
-    "in turn, one even period": (
+    IN_TURN: (
         LocalSGD(2),
         {"critic": lambda batch, rank: True, "generator": lambda batch, rank: True},
         2,
@@ -66,9 +69,9 @@ UNEQUAL = {"critic": lambda batch, rank: True, "generator": lambda batch, rank: 
 """The ranks step their generators on different batches, and differently often."""
 
 
-def fit(rank, algorithm, turns):
+def fit(rank, algorithm, turns, callbacks=None):
     module = Gan(turns)
-    fitting = trainer(2, SlowMoStrategy(algorithm), max_epochs=3)
+    fitting = trainer(2, SlowMoStrategy(algorithm), max_epochs=3, callbacks=callbacks)
     fitting.fit(module, data(rank, examples=40))
     return module.after, numbers(module), fitting.global_step
 
@@ -76,6 +79,10 @@ def fit(rank, algorithm, turns):
 def fit_all(rank):
     results = {name: fit(rank, algorithm, turns) for name, (algorithm, turns, _) in SITUATIONS.items()}
     results["unequal"] = fit(rank, SlowMo(sync_every=3), UNEQUAL)
+    for name, turns in (("averaged", SITUATIONS[IN_TURN][1]), ("averaged, unequal", UNEQUAL)):
+        ema = EMAAtSync(decay=0.5)
+        fit(rank, LocalSGD(2), turns, ema)
+        results[name] = numbers(ema._average_model.module), int(ema._average_model.n_averaged)
     return results
 
 
@@ -105,3 +112,13 @@ def test_ranks_that_step_an_optimizer_differently_often_neither_hang_nor_part(fi
     assert len(first["critic"]) == len(second["critic"])
     assert end == end_there
     assert distance(end, numbers(Gan(UNEQUAL))) > 1e-2
+
+
+@pytest.mark.processes
+def test_weights_are_averaged_when_both_networks_are_equal_on_all_ranks(fitted):
+    for name in ("averaged", "averaged, unequal"):
+        (average, updates), there = (results[name] for results in fitted)
+        assert (average, updates) == there, name
+        assert updates > 0
+    # Every second time that both have stepped; when the first of them syncs, the other is a step behind.
+    assert fitted[0]["averaged"][1] == 30 // 2
