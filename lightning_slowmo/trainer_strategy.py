@@ -607,9 +607,10 @@ def warn_of_hidden_collectives(trainer: Any) -> None:
 
 
 def _kind(algorithm: Algorithm) -> str:
-    """The algorithm's class and its base's: what decides whether saved state fits."""
-    base = getattr(algorithm, "base", None)
-    return type(algorithm).__name__ + (f" over {_kind(base)}" if base is not None else "")
+    """The algorithm's class, whether it compresses, and its base's kind: what decides whether saved state fits."""
+    base, compressor = getattr(algorithm, "base", None), getattr(algorithm, "compressor", None)
+    kind = type(algorithm).__name__ + (" with compressor" if compressor is not None else "")
+    return kind + (f" over {_kind(base)}" if base is not None else "")
 
 
 def _cloned(value: Any) -> Any:
