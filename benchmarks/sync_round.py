@@ -70,6 +70,7 @@ def worker(rank: int, size: int, repeats: int, results: mp.SimpleQueue) -> None:
     buffer = torch.randn(sum(torch.Size(shape).numel() for shape in resnet50_shapes()))
 
     def running(algorithm: object) -> Callable[[], None]:
+        torch.manual_seed(0)  # all workers start from the same model
         model = ParameterList([Parameter(torch.randn(shape)) for shape in resnet50_shapes()])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         engine = Engine(algorithm, [optimizer], workers)
