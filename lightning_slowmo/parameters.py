@@ -99,8 +99,7 @@ class Block:
 
     def rounded(self, flat: Tensor) -> Tensor:
         """``flat`` as the parameters can hold it: itself, or rounded to their half-precision dtype and back."""
-        same = self.parameter_dtype == flat.dtype
-        return flat if same else flat.to(self.parameter_dtype).to(flat.dtype)
+        return flat.to(self.parameter_dtype).to(flat.dtype)
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,10 @@ class Bucket:
     def of(self, buffers: Sequence[Tensor]) -> Tensor:
         """This bucket's piece of state buffers that :meth:`Layout.zeros` or :meth:`Layout.snapshot` made."""
         return buffers[self.run][self.start : self.stop]
+
+    def rounded(self, flat: Tensor) -> Tensor:
+        """``flat`` as the parameters can hold it: itself, or rounded to their half-precision dtype and back."""
+        return flat.to(self.spans[0][0].dtype).to(flat.dtype)
 
     def blocks(self, flat: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Cut a flat tensor of this bucket's values into blocks that fit the cache; on a GPU, one block.

@@ -100,8 +100,9 @@ class Algorithm(ABC):
 class Running(ABC):
     """An algorithm at work on one optimizer. It alone owns the algorithm's buffers and messages.
 
-    The engine calls, in this order: :meth:`after_backward` when gradients are complete, :meth:`after_step` after each
-    optimizer step, and :meth:`sync` once the workers have met, if any of them said that one was :meth:`due`.
+    The engine calls, in this order: :meth:`sync_gradients` when gradients are complete (if it exchanges them),
+    :meth:`before_step` and :meth:`after_step` around each optimizer step, and :meth:`sync` once the workers have met,
+    if any of them said that one was :meth:`due`.
 
     Args:
         optimizer: the user's own.

@@ -210,7 +210,7 @@ class RunningGossip(Running):
             local, x, step = drift.sample(model), model, None
             if self.numerators is not None:
                 x = bucket.of(self.numerators)
-                step = model.sub_(_held(bucket, x / old))
+                step = model.sub_(bucket.rounded(x / old))
                 if self.config.order == "adapt_then_combine":
                     x.add_(step)
                     step = None
@@ -251,7 +251,7 @@ class RunningGossip(Running):
             return
         for index, bucket in enumerate(self.layout.buckets):
             x = bucket.of(self.numerators)
-            move = bucket.pack(self.scratch.take(bucket)) - _held(bucket, x / self.weight)
+            move = bucket.pack(self.scratch.take(bucket)) - bucket.rounded(x / self.weight)
             x.add_(move, alpha=self.weight)
             for late in self.in_flight:
                 total = late.deliveries[index].wait()
@@ -280,7 +280,7 @@ class RunningGossip(Running):
             for bucket in self.layout.buckets:
                 x = bucket.of(self.numerators)
                 model = bucket.pack(self.scratch.take(bucket))
-                model.sub_(_held(bucket, x / self.weight)).add_(x)  # and a step that was not mixed in yet
+                model.sub_(bucket.rounded(x / self.weight)).add_(x)  # and a step that was not mixed in yet
                 for buffers in arriving:
                     model.add_(bucket.of(buffers))
                 bucket.unpack(model.div_(weights[self.workers.rank]))
@@ -351,8 +351,3 @@ class RunningGossip(Running):
             buffers = self.layout.zeros()
             copy_state(self.layout.per_parameter(buffers), late["numerators"], "messages in flight")
             self.in_flight.append(Late.landed(late["weights"], self.layout, buffers))
-
-
-def _held(bucket: Bucket, flat: Tensor) -> Tensor:
-    """Values as the parameters of a bucket hold them, rounded to their dtype."""
-    return flat.to(bucket.spans[0][0].dtype).to(flat.dtype)

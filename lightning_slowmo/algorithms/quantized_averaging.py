@@ -137,7 +137,7 @@ class RunningQPRSGD(Running):
             flat = bucket.pack(self.scratch.take(bucket))
             local, anchor = drift.sample(flat), bucket.of(self.anchor)
             differs = self.config.message == "difference"
-            message = flat - held(bucket, anchor) if differs else flat
+            message = flat - bucket.rounded(anchor) if differs else flat
             mean = self._mean(index, bucket, message, generator_on(bucket.device), round.weights)
             if differs:
                 mean.add_(anchor)
@@ -321,8 +321,3 @@ def local_steps(sync_every: int, compressor: Compressor | None) -> Algorithm:
     if compressor is None:
         return LocalSGD(sync_every)
     return QPRSGD(sync_every, compressor, transport="two_shot", error_feedback=True)
-
-
-def held(bucket: Bucket, flat: Tensor) -> Tensor:
-    """Values as the parameters of a bucket hold them, rounded to their dtype."""
-    return flat.to(bucket.spans[0][0].dtype).to(flat.dtype)

@@ -25,7 +25,6 @@ class Reason(IntEnum):
 
     SYNC = 0
     GRADIENTS = 1
-    START = 2
     EPOCH_START = 3
     VALIDATION = 4
     SAVE = 5
