@@ -393,7 +393,7 @@ class Engine:
 
     def shared_state(self) -> dict[str, Any]:
         """State that is equal on all workers, of plain values and tensors."""
-        return {"units": [unit.shared_state() for unit in self.units]}
+        return {"algorithm": self.algorithm.kind, "units": [unit.shared_state() for unit in self.units]}
 
     def local_state(self) -> dict[str, Any]:
         """State of this worker alone, of plain values and tensors: also its own parameters and buffers."""
@@ -408,7 +408,13 @@ class Engine:
         }
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`shared_state` returned, also with another number of workers."""
+        """Restore what :meth:`shared_state` returned, also with another number of workers.
+
+        Raises:
+            ValueError: if it is the state of another algorithm, or of other parameters.
+        """
+        if state["algorithm"] != self.algorithm.kind:
+            raise ValueError(f"The state is that of {state['algorithm']}, which does not fit {self.algorithm.kind}.")
         for unit, saved in zip(self.units, state["units"], strict=True):
             unit.load_shared_state(saved)
 

@@ -502,7 +502,7 @@ class SlowMoMixin(DDPStrategy):
             checkpoint,
             filepath,
             self.everyone,
-            _kind(self.algorithm),
+            self.algorithm.kind,
             self.engine.shared_state(),
             self.engine.local_state(),
             (type(self.precision_plugin).__qualname__,),
@@ -513,7 +513,7 @@ class SlowMoMixin(DDPStrategy):
         """Read Lightning's file; to go on with training, also this rank's own state."""
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
-            self._restored = checkpoints.load(checkpoint, checkpoint_path, self.everyone, _kind(self.algorithm))
+            self._restored = checkpoints.load(checkpoint, checkpoint_path, self.everyone, self.algorithm.kind)
             if self._restored.warning:
                 rank_zero_warn(self._restored.warning)
             checkpoint.update(self._restored.entries or {})
@@ -604,13 +604,6 @@ def warn_of_hidden_collectives(trainer: Any) -> None:
                 f"{type(callback).__name__} averages each worker's local weights, which differ between syncs. Use "
                 "lightning_slowmo.callbacks.EMAAtSync."
             )
-
-
-def _kind(algorithm: Algorithm) -> str:
-    """The algorithm's class, whether it compresses, and its base's kind: what decides whether saved state fits."""
-    base, compressor = getattr(algorithm, "base", None), getattr(algorithm, "compressor", None)
-    kind = type(algorithm).__name__ + (" with compressor" if compressor is not None else "")
-    return kind + (f" over {_kind(base)}" if base is not None else "")
 
 
 def _cloned(value: Any) -> Any:

@@ -87,6 +87,13 @@ class Algorithm(ABC):
     Subclasses are frozen dataclasses that check their fields in ``__post_init__``.
     """
 
+    @property
+    def kind(self) -> str:
+        """What decides whether saved state fits: the class, whether it compresses, and the kind of its base."""
+        base, compressor = getattr(self, "base", None), getattr(self, "compressor", None)
+        kind = type(self).__name__ + (" with compressor" if compressor is not None else "")
+        return kind + (f" over {base.kind}" if base is not None else "")
+
     @abstractmethod
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state of this algorithm for one optimizer.

@@ -73,6 +73,11 @@ class DiLoCo(Algorithm):
                 f"functools.partial(torch.optim.Adam, lr=1e-3), got {self.outer_optimizer!r}."
             )
 
+    @property
+    def kind(self) -> str:
+        """An outer optimizer of the user's has state of its own."""
+        return super().kind + (" and outer optimizer" if self.outer_optimizer is not None else "")
+
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         if self.outer_optimizer is not None:

@@ -94,6 +94,12 @@ class QPRSGD(Algorithm):
                 "QSGD(bits=4, norm='max', bucket=512), or error_feedback=True with transport='two_shot'."
             )
 
+    @property
+    def kind(self) -> str:
+        """Gossip, averages, and averages with error feedback keep different state."""
+        gossips = self.transport == "gossip"
+        return super().kind + (" by gossip" if gossips else " and error feedback" if self.error_feedback else "")
+
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return (RunningQuantizedGossip if self.transport == "gossip" else RunningQPRSGD)(self, optimizer, workers)

@@ -78,6 +78,11 @@ class SlowMo(Algorithm):
             if not (self.average and isinstance(self.base, LocalSGD)):
                 raise ValueError("compressor needs LocalSGD as base and average=True: it compresses the average.")
 
+    @property
+    def kind(self) -> str:
+        """Without averaging, each worker has a slow state of its own."""
+        return super().kind + ("" if self.average else " without averaging")
+
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningSlowMo(self, optimizer, workers)

@@ -43,6 +43,8 @@ class APMSqueeze(Algorithm):
         warmup_steps: steps of ordinary Adam; 15 to 25 % of all are usual. ``"auto"``: until the second moment is
             stable.
         compressor: how momenta are compressed.
+        uncompressed_below: tensors of fewer elements, such as biases and norms, have their momenta averaged exactly:
+            they are few bytes, and one scale for all of a small tensor's signs fits it badly.
         seed: of the compressor's randomness.
 
     Raises:
@@ -56,12 +58,20 @@ class APMSqueeze(Algorithm):
 
     warmup_steps: int | Literal["auto"] = "auto"
     compressor: Compressor = field(default_factory=lambda: Sign("l2"))
+    uncompressed_below: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.warmup_steps != "auto":
             check_period("warmup_steps", self.warmup_steps)
         check_compressor(self.compressor)
+        check_period("uncompressed_below", self.uncompressed_below, least=0)
+
+    @property
+    def kind(self) -> str:
+        """Where other tensors are compressed, other residuals are kept."""
+        below = self.uncompressed_below
+        return super().kind + (f" from {below} elements on" if below else "")
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
@@ -88,13 +98,20 @@ class RunningAPMSqueeze(RunningAllReduce):
             raise ValueError(f"APMSqueeze needs torch.optim.Adam or AdamW, got {type(optimizer).__name__}.")
         if any(group["amsgrad"] for group in optimizer.param_groups):
             raise ValueError("APMSqueeze freezes the second moment, which does not go with amsgrad=True.")
-        super().__init__(optimizer, workers)
         self.config = config
+        super().__init__(optimizer, workers)
         self.exchanges = 0
         self.freezing = self.frozen = False
         self.previous_norm = 0.0
         self._allocate(self.layout)
         self.syncs = 0
+
+    def groups(self) -> list[list[Tensor]]:
+        """Each parameter group in two, so that no bucket holds both tensors that are compressed and ones that are not."""
+        return [[p for p in group if self._is_small(p) == small] for group in super().groups() for small in (False, True)]
+
+    def _is_small(self, parameter: Tensor) -> bool:
+        return parameter.numel() < self.config.uncompressed_below
 
     def _allocate(self, layout: Layout) -> None:
         self.anchor, self.momentum, self.variance = layout.snapshot(), layout.zeros(), layout.zeros()
@@ -220,22 +237,27 @@ class RunningAPMSqueeze(RunningAllReduce):
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
         for index, bucket in enumerate(self.layout.buckets):
             flat, known = bucket.of(message), bucket.of(self.variance) != 0
-            residual, owner = bucket.of(self.feedback.worker), self.feedback.owner[index]
-            mean = compressed.two_shot(
-                self.workers,
-                flat,
-                bucket.segments,
-                self.config.compressor,
-                generator_on(bucket.device),
-                round.weights,
-                residual,
-                owner,
-            )
-            # One bit cannot say zero: where there is no second moment, noise would be divided by nothing.
-            own = compressed.chunks(bucket.segments, self.workers.size)[self.workers.rank]
-            residual.mul_(known)
-            owner.mul_(own.of(known))
-            drift.compare(drift.sample(flat), mean, 1.0)
+            local = drift.sample(flat)
+            if self._is_small(bucket.spans[0][0]):  # and so are all in this bucket
+                total = self.workers.sum(flat, round.weights)
+                mean = total.wait().div_(total.weight)
+            else:
+                residual, owner = bucket.of(self.feedback.worker), self.feedback.owner[index]
+                mean = compressed.two_shot(
+                    self.workers,
+                    flat,
+                    bucket.segments,
+                    self.config.compressor,
+                    generator_on(bucket.device),
+                    round.weights,
+                    residual,
+                    owner,
+                )
+                # One bit cannot say zero: where there is no second moment, noise would be divided by nothing.
+                own = compressed.chunks(bucket.segments, self.workers.size)[self.workers.rank]
+                residual.mul_(known)
+                owner.mul_(own.of(known))
+            drift.compare(local, mean, 1.0)
             bucket.of(self.momentum).copy_(mean.mul_(known))
         return drift.value()
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lightning_slowmo import AllReduce, APMSqueeze
+from lightning_slowmo.communication.compressed import mean_bytes
+from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Identity, Sign, TopK
 from tests.algorithms.training import CHANGING, STEPS, Training, same, small_buckets, train
@@ -81,6 +83,58 @@ def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
         assert np.abs(missing).max() > 1e-4
 
 
+@on_workers(1, 2, 3, 4)
+def test_small_tensors_are_averaged_exactly(workers):
+    """Those of fewer than 7 elements do as if nothing was compressed, bit for bit among workers; larger ones do not."""
+    with small_buckets():
+        training = Training(workers, APMSqueeze(6, Sign("l2"), uncompressed_below=7), CHANGING, OPTIMIZERS["adam"])
+        (unit,) = training.engine.units
+        momenta = [np.zeros_like(x) for x in CHANGING.initial()]
+        while training.steps < STEPS:
+            x, step = [p.detach().numpy().copy() for p in training.parameters], training.steps
+            training.step()
+            views = dict(zip(map(id, unit.layout.parameters), unit.layout.per_parameter(unit.momentum), strict=True))
+            for index, parameter in enumerate(training.parameters):
+                gradient = CHANGING.mean_gradient(workers.size, step, index, x[index])
+                momenta[index] = B1 * momenta[index] + (1 - B1) * gradient
+                if unit.syncs and parameter.numel():
+                    same_as_exact = np.allclose(views[id(parameter)], momenta[index], rtol=0, atol=1e-12)
+                    assert same_as_exact == (parameter.numel() < 7), (step, tuple(parameter.shape))
+            rows = np.array(workers.gather(training.values().tolist()))
+            assert (rows == rows[0]).all()
+    assert unit.syncs == STEPS - 6
+
+
+@on_workers(1, 3)
+def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
+    for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7)):
+        with small_buckets():
+            ours = train(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
+        same(ours, listing(workers.size, 9, "adamw"))
+
+
+@on_workers(2, 4)
+def test_the_bytes_of_a_step_are_those_predicted(workers):
+    """Two shots of each worker's signs for the large tensors, and a ring all-reduce of the small ones."""
+    problem = replace(CHANGING, groups=(((30, 20), (20,)), ((11,), (101,))), rates=CHANGING.rates[:5])
+    n = workers.size
+    header = 8 * (n - 1) * (len(Header(Reason.SYNC, pending=(1,)).numbers()) + 1)  # and whether anybody skips the step
+    for below, large, small in (
+        (0, [(600, 20), (11, 101)], []),
+        (50, [(600,), (101,)], [20, 11]),
+        (10**6, [], [620, 112]),
+    ):
+        training = Training(workers, APMSqueeze(2, uncompressed_below=below), problem, OPTIMIZERS["adam"], torch.float32)
+        for _ in range(3):
+            training.step()
+        before = workers.traffic.copy()
+        training.step()
+        sent = (workers.traffic - before).sent
+        shots = sum(mean_bytes(Sign("l2"), segments, torch.float32, n, workers.rank) for segments in large)
+        exact = sum(2 * (n - 1) * 4 * length // n for length in small)
+        assert sent == header + shots + exact, below
+
+
 @on_workers(2, 4)
 def test_after_the_warm_up_it_sends_96_percent_less(workers):
     big = replace(CHANGING, groups=(((300, 200), (200,)), ((100, 100),)), rates=CHANGING.rates[:6])
@@ -121,13 +175,14 @@ def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(wo
 
 @on_workers(2, 3)
 def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(workers):
-    for cut in (3, 10):
+    for cut, below in ((3, 0), (10, 0), (3, 7), (10, 7)):
+        algorithm = APMSqueeze(6, uncompressed_below=below)
         with small_buckets():
-            whole = Training(workers, APMSqueeze(6), CHANGING, OPTIMIZERS["adamw"])
+            whole = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
             for _ in range(cut):
                 whole.step()
             shared, local = whole.engine.shared_state(), whole.engine.local_state()
-            resumed = Training(workers, APMSqueeze(6), CHANGING, OPTIMIZERS["adamw"])
+            resumed = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
             resumed.steps = cut
             resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
             resumed.engine.load_shared_state(shared)
@@ -164,3 +219,5 @@ def test_other_optimizers_and_amsgrad_are_refused():
         APMSqueeze().bind(torch.optim.Adam(parameters, amsgrad=True), Workers())
     with pytest.raises(ValueError, match="warmup_steps"):
         APMSqueeze(0)
+    with pytest.raises(ValueError, match="uncompressed_below"):
+        APMSqueeze(uncompressed_below=-1)
