@@ -24,6 +24,7 @@ from lightning_slowmo.algorithms import (
     SQuARM,
     SyncReport,
     Threshold,
+    suggest_consensus_step,
 )
 from lightning_slowmo.communication import SyncError, Workers
 from lightning_slowmo.engine import Engine
@@ -53,4 +54,5 @@ __all__ = [
     "Threshold",
     "Workers",
     "__version__",
+    "suggest_consensus_step",
 ]

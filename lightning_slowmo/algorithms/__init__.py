@@ -4,6 +4,7 @@ from lightning_slowmo.algorithms.all_reduce import AllReduce
 from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport
 from lightning_slowmo.algorithms.block_momentum import BMUF
 from lightning_slowmo.algorithms.compressed_gossip import SQuARM, Threshold
+from lightning_slowmo.algorithms.consensus_step import suggest_consensus_step
 from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
@@ -26,4 +27,5 @@ __all__ = [
     "SlowMo",
     "SyncReport",
     "Threshold",
+    "suggest_consensus_step",
 ]

@@ -16,31 +16,21 @@ never communicated, so one implementation serves all three.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import (
-    NOT_DUE,
-    Algorithm,
-    Round,
-    Running,
-    SyncReport,
-    check_period,
-    check_rate,
-    copy_state,
-)
+from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport, check_period, check_rate
+from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step
+from lightning_slowmo.algorithms.estimates import RunningEstimates
 from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
 from lightning_slowmo.communication.collectives import Drift
-from lightning_slowmo.communication.exchange import exchange
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, SignTopK
-from lightning_slowmo.parameters import Block, Layout
 from lightning_slowmo.topology import Mixing, Schedule, make
 
 InitialEstimate = Literal["model", "zero"]
@@ -86,7 +76,8 @@ class SQuARM(Algorithm):
         topology: who sends to whom, see :class:`~lightning_slowmo.Gossip`: symmetric, and the same at every step.
         sync_every: optimizer steps between syncs, the paper's H.
         compressor: how differences are compressed; it must contract. Shares are of each tensor.
-        consensus_step: gamma; None takes :func:`suggest_consensus_step`.
+        consensus_step: gamma; None takes :func:`suggest_consensus_step`. One that lets the workers drift apart gives a
+            warning before training.
         trigger: when a message is sent.
         initial_estimate: ``"model"``: all know the common start. ``"zero"``: nothing is known, as in the paper's
             listing; the first messages then carry the model itself.
@@ -94,7 +85,8 @@ class SQuARM(Algorithm):
         seed: of the compressor's randomness.
 
     Raises:
-        ValueError: if an argument is out of its range. :meth:`bind` raises it if the topology does not fit.
+        ValueError: if an argument is out of its range. :meth:`bind` raises it if the topology does not fit, or if the
+            compressor loses more than it tells.
 
     Example::
 
@@ -128,74 +120,62 @@ class SQuARM(Algorithm):
         return RunningSQuARM(self, optimizer, workers)
 
 
-def suggest_consensus_step(kept: float) -> float:
-    """A consensus step for a compressor that keeps a share ``kept`` of the square of typical messages, in (0, 1].
-
-    It is 1 if nothing is lost, about 0.5 for signs and 0.02 for the signs of the largest percent: the range of values
-    that CHOCO-SGD's authors found by tuning. The steps of its theory are a thousand times smaller.
-    """
-    return max(kept, 1e-3) ** 1.5
-
-
-class RunningSQuARM(Running):
-    """SQuARM at work, in its memory form: the own estimate and the mix of all, no copy of each neighbour.
-
-    Attributes:
-        estimate: h_i, what the neighbours know of this worker; one flat tensor per run.
-        mixed: sum_j w_ij h_j over the neighbours and the worker itself.
-        syncs: rounds so far.
-    """
+class RunningSQuARM(RunningEstimates):
+    """SQuARM at work."""
 
     def __init__(self, config: SQuARM, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(optimizer, workers)
         self.config = config
         self.schedule = _symmetric(make(config.topology, config.mixing).on(workers.size), config.topology)
-        step = config.consensus_step
-        self.consensus_step = suggest_consensus_step(_kept(config.compressor, self.layout)) if step is None else step
-        self.syncs = 0
-        self._begin_anew()
-        if not workers.alone:  # NCCL wants all workers in the first communication of a group
-            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
+        super().__init__(config.sync_every, config.compressor, optimizer, workers)
+        if config.initial_estimate == "zero":
+            self.estimate, self.mixed = self.layout.zeros(), self.layout.zeros()
+        self.consensus_step = self._checked_step()
 
-    def _begin_anew(self) -> None:
-        known = self.config.initial_estimate == "model"
-        self.estimate = self.layout.snapshot() if known else self.layout.zeros()
-        self.mixed = [flat.clone() for flat in self.estimate]
+    def _checked_step(self) -> float:
+        """The consensus step; a warning if it lets the workers drift apart.
 
-    def due(self) -> int:
-        """Level 1 after every ``sync_every`` local steps."""
-        return 1 if self.pending >= self.config.sync_every else NOT_DUE
+        Raises:
+            ValueError: if every step would.
+        """
+        config = self.config
+        lengths = tuple(parameter.numel() for parameter in self.layout.parameters)
+        setting = (config.topology, config.compressor, self.workers.size, config.mixing, lengths)
+        largest, suggested = largest_consensus_step(*setting), suggest_consensus_step(*setting)
+        if not largest:
+            raise ValueError(
+                f"{config.compressor} loses more than it tells, so what is known of a worker never comes near it. Use "
+                "a compressor that contracts, such as SignTopK(0.01) or QSGD(bits=4, norm='max', bucket=512)."
+            )
+        if config.consensus_step is None:
+            return suggested
+        if config.consensus_step >= largest and self.workers.rank == 0:
+            warnings.warn(
+                f"consensus_step={config.consensus_step:.3g} is in the region that diverges: with {config.compressor}, "
+                f"gossip on {config.topology!r} between {self.workers.size} workers drives them apart from about "
+                f"{largest:.3g} on. Use consensus_step={suggested:.3g}, or None, which takes that.",
+                stacklevel=2,
+            )
+        return config.consensus_step
 
     def sync(self, round: Round) -> SyncReport:
         """Tell the neighbours what changed, if it is worth it, and move towards what is known of them."""
         if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
             return SyncReport(drift=self.average(round))
         rank = self.workers.rank
-        triggered = [bool(row[0]) for row in self.workers.gather([self._triggers()], "who has something to say")]
+        speaks = [bool(row[0]) for row in self.workers.gather([self._triggers()], "who has something to say")]
         plan = self.schedule.exchange(rank, 0)
-        receivers = [peer for peer, _ in plan.sends] if triggered[rank] else []
-        senders = [(peer, weight) for peer, weight in plan.receives if triggered[peer]]
         generator_on = generators(self.config.seed, rank, self.syncs)
-        compressor, drift = self.config.compressor, Drift(self.layout.numel)
+        drift = Drift(self.layout.numel)
         for bucket in self.layout.buckets:
             x = bucket.pack(self.scratch.take(bucket))
             local, estimate, mixed = drift.sample(x), bucket.of(self.estimate), bucket.of(self.mixed)
-            if triggered[rank]:
-                payload = compressor.compress(x - estimate, bucket.segments, generator_on(bucket.device))
-                own = compressor.decompress(payload, bucket.segments, x.dtype)
-                estimate.add_(own)
-                mixed.add_(own, alpha=plan.self_weight)
-            else:
-                size = compressor.payload_bytes(bucket.segments, x.dtype)
-                payload = torch.empty(size, dtype=torch.uint8, device=x.device)
-            for message, weight in exchange(self.workers, payload, receivers, senders).messages():
-                mixed.add_(compressor.decompress(message, bucket.segments, x.dtype), alpha=weight)
+            self.tell(bucket, x, estimate, mixed, plan, speaks, generator_on(bucket.device))
             x.add_(mixed - estimate, alpha=self.consensus_step)
             drift.compare(local, x, 1.0)
             bucket.unpack(x)
         self.syncs += 1
         self.pending = 0
-        return SyncReport(drift=drift.value(), skipped=int(not triggered[rank]))
+        return SyncReport(drift=drift.value(), skipped=int(not speaks[rank]))
 
     def _triggers(self) -> bool:
         """Whether the whole model's difference, in units of the learning rate, exceeds the threshold."""
@@ -210,48 +190,6 @@ class RunningSQuARM(Running):
             squares += square / rate**2 if rate else (math.inf if square else 0.0)
         return squares > c
 
-    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
-        """Exact average, from which gossip begins anew: everybody knows it."""
-        drift = super().average(round, then)
-        self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
-        return drift
-
-    def finish(self, round: Round) -> None:
-        """End with an exact average."""
-        self.average(round)
-
-    def relayout(self, layout: Layout) -> None:
-        """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
-        estimate, mixed = layout.snapshot(), layout.snapshot()
-        layout.carry(self.layout, self.estimate, estimate)
-        layout.carry(self.layout, self.mixed, mixed)
-        self.estimate, self.mixed = estimate, mixed
-        super().relayout(layout)
-
-    # State ------------------------------------------------------------------------------------------------------------
-
-    def shared_state(self) -> dict[str, Any]:
-        """The number of syncs."""
-        return {"syncs": self.syncs}
-
-    def local_state(self) -> dict[str, Any]:
-        """What neighbours know of this worker, and it of them."""
-        return super().local_state() | {
-            "estimate": self.layout.per_parameter(self.estimate),
-            "mixed": self.layout.per_parameter(self.mixed),
-        }
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
-        self.syncs = state["syncs"]
-        self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`local_state` returned."""
-        super().load_local_state(state)
-        copy_state(self.layout.per_parameter(self.estimate), state["estimate"], "estimate")
-        copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of estimates")
-
 
 def _symmetric(schedule: Schedule, topology: Any) -> Schedule:
     """The schedule, if it is one symmetric matrix."""
@@ -261,11 +199,3 @@ def _symmetric(schedule: Schedule, topology: Any) -> Schedule:
             "undirected graph such as 'ring', with mixing='metropolis' if it is irregular."
         )
     return schedule
-
-
-def _kept(compressor: Compressor, layout: Layout) -> float:
-    """About the share of the square of a normally distributed vector that a compressor keeps."""
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(min(layout.numel, 10_000), generator=generator)
-    decoded = compressor.decompress(compressor.compress(sample, None, generator), (sample.numel(),))
-    return float(1 - (sample - decoded).square().sum() / sample.square().sum())

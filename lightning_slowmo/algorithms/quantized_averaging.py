@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
+from lightning_slowmo.algorithms.estimates import RunningEstimates
 from lightning_slowmo.algorithms.feedback import Feedback
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.communication import compressed
 from lightning_slowmo.communication.collectives import Drift
-from lightning_slowmo.communication.exchange import exchange
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import QSGD, Compressor, seeded_generator
 from lightning_slowmo.parameters import Block, Bucket, Layout
@@ -127,6 +127,10 @@ class RunningQPRSGD(Running):
         self.feedback = Feedback(self.layout, workers) if config.error_feedback else None
         self.syncs = 0
 
+    def agrees_after(self, round: Round) -> bool:
+        """Always: all decode the same bits."""
+        return True
+
     def due(self) -> int:
         """Level 1 after every ``sync_every`` local steps."""
         return 1 if self.pending >= self.config.sync_every else NOT_DUE
@@ -207,17 +211,11 @@ class RunningQPRSGD(Running):
             self.feedback.load_state_dict(state["feedback"])
 
 
-class RunningQuantizedGossip(Running):
-    """QPRSGD with neighbours.
-
-    Attributes:
-        public: h_i, what the neighbours know of this worker; one flat tensor per run.
-        mixed: sum_j w_ij h_j over this worker and its neighbours, so that no copy of each neighbour is needed.
-        syncs: rounds so far.
-    """
+class RunningQuantizedGossip(RunningEstimates):
+    """QPRSGD with neighbours: a worker restarts from the mix of what is known of all."""
 
     def __init__(self, config: QPRSGD, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(optimizer, workers)
+        super().__init__(config.sync_every, config.compressor, optimizer, workers)
         self.config = config
         self.schedule = make(config.topology, config.mixing).on(workers.size)
         if not self.schedule.doubly_stochastic:
@@ -227,14 +225,6 @@ class RunningQuantizedGossip(Running):
                 f"Differences need the same neighbours at every sync, which {config.topology!r} does not give. Use a "
                 "static topology such as 'ring', or message='model'."
             )
-        self.public, self.mixed = self.layout.snapshot(), self.layout.snapshot()
-        self.syncs = 0
-        if not workers.alone:  # NCCL wants all workers in the first communication of a group
-            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
-
-    def due(self) -> int:
-        """Level 1 after every ``sync_every`` local steps."""
-        return 1 if self.pending >= self.config.sync_every else NOT_DUE
 
     def sync(self, round: Round) -> SyncReport:
         """Send this worker's message, and mix in what came."""
@@ -242,79 +232,23 @@ class RunningQuantizedGossip(Running):
             return SyncReport(drift=self.average(round))
         drift = Drift(self.layout.numel)
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
+        plan = self.schedule.exchange(self.workers.rank, self.syncs)
+        everybody = [True] * self.workers.size
         for bucket in self.layout.buckets:
-            flat = bucket.pack(self.scratch.take(bucket))
-            local = drift.sample(flat)
-            mixed = self._mix(bucket, flat, generator_on(bucket.device))
+            x = bucket.pack(self.scratch.take(bucket))
+            local, estimate, mixed = drift.sample(x), bucket.of(self.estimate), bucket.of(self.mixed)
+            if self.config.message == "model":  # nobody remembers anything
+                estimate.zero_()
+                mixed.zero_()
+            self.tell(bucket, x, estimate, mixed, plan, everybody, generator_on(bucket.device))
             drift.compare(local, mixed, 1.0)
             bucket.unpack(mixed)
         self.syncs += 1
         self.pending = 0
         return SyncReport(drift=drift.value())
 
-    def _mix(self, bucket: Bucket, flat: Tensor, generator: torch.Generator) -> Tensor:
-        compressor, segments = self.config.compressor, bucket.segments
-        plan = self.schedule.exchange(self.workers.rank, self.syncs)
-        public, mixed = bucket.of(self.public), bucket.of(self.mixed)
-        if self.config.message == "model":
-            public, mixed = torch.zeros_like(public), torch.zeros_like(mixed)
-        payload = compressor.compress(flat - public, segments, generator)
-        receivers = [peer for peer, _ in plan.sends]
-        delivery = exchange(self.workers, payload, receivers, plan.receives)
-        own = compressor.decompress(payload, segments, flat.dtype)
-        public.add_(own)
-        mixed.add_(own, alpha=plan.self_weight)
-        for message, weight in delivery.messages():
-            mixed.add_(compressor.decompress(message, segments, flat.dtype), alpha=weight)
-        return mixed.clone()
-
-    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
-        """Exact average, from which gossip begins anew."""
-        drift = super().average(round, then)
-        self._begin_anew()
-        return drift
-
     def moved(self) -> None:
         """The next message tells the neighbours, as it is the difference to what they know."""
-
-    def finish(self, round: Round) -> None:
-        """End with an exact average."""
-        self.average(round)
-
-    def _begin_anew(self) -> None:
-        self.public, self.mixed = self.layout.snapshot(), self.layout.snapshot()
-
-    def relayout(self, layout: Layout) -> None:
-        """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
-        public, mixed = layout.snapshot(), layout.snapshot()
-        layout.carry(self.layout, self.public, public)
-        layout.carry(self.layout, self.mixed, mixed)
-        self.public, self.mixed = public, mixed
-        super().relayout(layout)
-
-    # State ------------------------------------------------------------------------------------------------------------
-
-    def shared_state(self) -> dict[str, Any]:
-        """The number of rounds."""
-        return {"syncs": self.syncs}
-
-    def local_state(self) -> dict[str, Any]:
-        """What neighbours know of this worker, and it of them."""
-        return super().local_state() | {
-            "public": self.layout.per_parameter(self.public),
-            "mixed": self.layout.per_parameter(self.mixed),
-        }
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
-        self.syncs = state["syncs"]
-        self._begin_anew()
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`local_state` returned."""
-        super().load_local_state(state)
-        copy_state(self.layout.per_parameter(self.public), state["public"], "public copy")
-        copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of public copies")
 
 
 def generators(seed: int, rank: int, round: int) -> Callable[[torch.device], torch.Generator]:

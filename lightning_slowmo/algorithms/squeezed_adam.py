@@ -107,8 +107,9 @@ class RunningAPMSqueeze(RunningAllReduce):
         self.syncs = 0
 
     def groups(self) -> list[list[Tensor]]:
-        """Each parameter group in two, so that no bucket holds both tensors that are compressed and ones that are not."""
-        return [[p for p in group if self._is_small(p) == small] for group in super().groups() for small in (False, True)]
+        """Each parameter group in two, so that no bucket holds both what is compressed and what is not."""
+        halves = [(group, small) for group in super().groups() for small in (False, True)]
+        return [[p for p in group if self._is_small(p) == small] for group, small in halves]
 
     def _is_small(self, parameter: Tensor) -> bool:
         return parameter.numel() < self.config.uncompressed_below

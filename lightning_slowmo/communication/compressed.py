@@ -91,9 +91,7 @@ def two_shot(
         SyncError: if a worker did not take part in time.
         ValueError: if the vector is not finite.
     """
-    cut = chunks(segments, workers.size)
-    sizes = [compressor.payload_bytes(chunk.segments, flat.dtype) for chunk in cut]
-    shares = _shares(workers, weights)
+    cut, sizes, shares = _plan(workers, flat, segments, compressor, weights)
     own = cut[workers.rank]
     takes_part = shares[workers.rank] > 0
     message = flat if residual is None else flat + residual
@@ -146,9 +144,8 @@ def ring(
         SyncError: if a worker did not take part in time.
         ValueError: if the vector is not finite.
     """
-    cut = chunks(segments, workers.size)
-    sizes = [compressor.payload_bytes(chunk.segments, flat.dtype) for chunk in cut]
-    share = _shares(workers, weights)[workers.rank]
+    cut, sizes, shares = _plan(workers, flat, segments, compressor, weights)
+    share = shares[workers.rank]
     mine = flat * share if share else torch.zeros_like(flat)
     rank, size = workers.rank, workers.size
     at = (rank - 1) % size  # so that after size - 1 hops this worker holds the whole sum of its own chunk
@@ -167,10 +164,14 @@ def ring(
     return _decoded(compressor, cut, everyone, flat)
 
 
-def _shares(workers: Workers, weights: Sequence[float] | None) -> list[float]:
-    """The share of each worker in the mean, by rank."""
+def _plan(
+    workers: Workers, flat: Tensor, segments: Sequence[int], compressor: Compressor, weights: Sequence[float] | None
+) -> tuple[list[Chunk], list[int], list[float]]:
+    """The chunks of a vector, the sizes of their payloads, and the shares of the workers in the mean, by rank."""
+    cut = chunks(segments, workers.size)
+    sizes = [compressor.payload_bytes(chunk.segments, flat.dtype) for chunk in cut]
     weights = [1.0] * workers.size if weights is None else weights
-    return [weight / sum(weights) for weight in weights]
+    return cut, sizes, [weight / sum(weights) for weight in weights]
 
 
 def _decoded(compressor: Compressor, cut: Sequence[Chunk], payloads: Sequence[Tensor], like: Tensor) -> Tensor:

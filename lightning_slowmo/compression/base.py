@@ -45,6 +45,10 @@ class Compressor(ABC):
             when no positive omega holds.
         """
 
+    def share(self, length: int) -> float:
+        """Share of the elements of a tensor of which one message tells anything."""
+        return 1.0
+
     @abstractmethod
     def layout(self, segments: Sequence[int], dtype: torch.dtype) -> Layout:
         """Types and element counts of the payload's fields, the widest type first so that all are aligned."""

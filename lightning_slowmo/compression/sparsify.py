@@ -43,6 +43,10 @@ class _Sparsifier(Compressor):
         """Number of elements kept of a tensor: ``max(1, ceil(fraction * length))``, or ``k`` if there are as many."""
         return min(length, self.k or max(1, ceil(self.fraction * length)))
 
+    def share(self, length: int) -> float:
+        """``k / d``."""
+        return self.kept(length) / length if length else 1.0
+
     def contraction(self, length: int) -> float | None:
         """``k / d`` times the contraction of ``values``: what is dropped and what is changed are orthogonal."""
         kept = self.kept(length)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lightning_slowmo import Gossip, LocalSGD, SQuARM, Threshold
-from lightning_slowmo.algorithms.compressed_gossip import suggest_consensus_step
 from lightning_slowmo.compression import QSGD, Identity, Sign, SignTopK, TopK
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, PLAIN, Training, same, small_buckets, train
@@ -130,11 +129,6 @@ def test_a_resumed_run_is_bit_for_bit_the_same(workers):
     resumed.engine.load_shared_state(shared)
     resumed.engine.load_local_state(local)
     assert np.array_equal(resumed.trajectory(), whole.trajectory())
-
-
-@pytest.mark.parametrize(("kept", "low", "high"), [(1.0, 1.0, 1.0), (0.64, 0.4, 0.6), (0.08, 0.01, 0.05)])
-def test_suggested_steps_are_those_that_were_found_by_tuning(kept, low, high):
-    assert low <= suggest_consensus_step(kept) <= high
 
 
 def test_the_threshold_grows_and_stops():

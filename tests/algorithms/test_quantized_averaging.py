@@ -59,7 +59,7 @@ def test_what_gossip_knows_of_a_worker_is_what_that_worker_knows(workers):
     for _ in range(6):
         training.step()
         (unit,) = training.engine.units
-        public = np.array(workers.gather(torch.cat(unit.public).tolist()))
+        public = np.array(workers.gather(torch.cat(unit.estimate).tolist()))
         mixed = np.array(workers.gather(torch.cat(unit.mixed).tolist()))
         models = np.array(workers.gather(training.values().tolist()))
         np.testing.assert_allclose(mixed, weights @ public, rtol=0, atol=1e-12)

@@ -124,7 +124,8 @@ def test_the_bytes_of_a_step_are_those_predicted(workers):
         (50, [(600,), (101,)], [20, 11]),
         (10**6, [], [620, 112]),
     ):
-        training = Training(workers, APMSqueeze(2, uncompressed_below=below), problem, OPTIMIZERS["adam"], torch.float32)
+        algorithm = APMSqueeze(2, uncompressed_below=below)
+        training = Training(workers, algorithm, problem, OPTIMIZERS["adam"], torch.float32)
         for _ in range(3):
             training.step()
         before = workers.traffic.copy()

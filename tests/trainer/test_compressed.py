@@ -123,7 +123,8 @@ def go_on_elsewhere(rank, size, folder):
 def loss(model, workers=4):
     """Mean squared error of a model over the data of that many workers."""
     module = Regression()
-    module.load_state_dict({n: torch.tensor(v).view_as(t) for v, (n, t) in zip(model, module.state_dict().items())})
+    pairs = zip(module.state_dict().items(), model, strict=True)
+    module.load_state_dict({name: torch.tensor(values).view_as(tensor) for (name, tensor), values in pairs})
     with torch.no_grad():
         return float(torch.stack([module.loss(batch) for rank in range(workers) for batch in data(rank)]).mean())
 

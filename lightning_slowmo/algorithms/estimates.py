@@ -1,0 +1,134 @@
+"""Gossip of differences in its memory form: what is known of this worker, and the mix of what is known of all.
+
+A worker tells its neighbours C(x - h), with h what they know of it already, and all who hear it have the same estimate
+h of it. Of its neighbours' estimates a worker needs sum_j w_ij h_j alone, and so keeps no copy of each. That takes
+weights that never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo.algorithms.base import NOT_DUE, Round, Running, copy_state
+from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Compressor
+from lightning_slowmo.parameters import Block, Bucket, Layout
+from lightning_slowmo.topology import Exchange
+
+
+class RunningEstimates(Running):
+    """Gossip that keeps estimates; a subclass says when a worker speaks and what becomes of the mix.
+
+    Args:
+        sync_every: optimizer steps between syncs.
+        compressor: how differences are compressed.
+        optimizer: the user's own.
+        workers: who takes part.
+
+    Attributes:
+        estimate: h_i, what the neighbours know of this worker; one flat tensor per run.
+        mixed: sum_j w_ij h_j over the neighbours and the worker itself.
+        syncs: rounds so far.
+    """
+
+    def __init__(self, sync_every: int, compressor: Compressor, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self.sync_every = sync_every
+        self.compressor = compressor
+        self.syncs = 0
+        self._begin_anew()
+        if not workers.alone:  # NCCL wants all workers in the first communication of a group
+            workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
+
+    def _begin_anew(self) -> None:
+        """All are at one point, and know it."""
+        self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
+
+    def due(self) -> int:
+        """Level 1 after every ``sync_every`` local steps."""
+        return 1 if self.pending >= self.sync_every else NOT_DUE
+
+    def tell(
+        self,
+        bucket: Bucket,
+        x: Tensor,
+        estimate: Tensor,
+        mixed: Tensor,
+        plan: Exchange,
+        speaks: Sequence[bool],
+        generator: torch.Generator,
+    ) -> None:
+        """Send the neighbours what they do not know of this worker, and take in what they say.
+
+        Args:
+            bucket: where ``x`` belongs.
+            x: this worker's values.
+            estimate: what is known of them; afterwards, what is known then.
+            mixed: the mix of the estimates of all; afterwards, with what came.
+            plan: who sends to whom.
+            speaks: which workers send anything, by rank.
+            generator: source of the compressor's randomness.
+        """
+        compressor, segments, rank = self.compressor, bucket.segments, self.workers.rank
+        if speaks[rank]:
+            payload = compressor.compress(x - estimate, segments, generator)
+        else:
+            size = compressor.payload_bytes(segments, x.dtype)
+            payload = torch.empty(size, dtype=torch.uint8, device=x.device)
+        receivers = [peer for peer, _ in plan.sends] if speaks[rank] else []
+        senders = [(peer, weight) for peer, weight in plan.receives if speaks[peer]]
+        delivery = exchange(self.workers, payload, receivers, senders)
+        if speaks[rank]:  # what the others decode, while it travels
+            own = compressor.decompress(payload, segments, x.dtype)
+            estimate.add_(own)
+            mixed.add_(own, alpha=plan.self_weight)
+        for message, weight in delivery.messages():
+            mixed.add_(compressor.decompress(message, segments, x.dtype), alpha=weight)
+
+    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+        """Exact average, from which gossip begins anew: everybody knows it."""
+        drift = super().average(round, then)
+        self._begin_anew()
+        return drift
+
+    def finish(self, round: Round) -> None:
+        """End with an exact average."""
+        self.average(round)
+
+    def relayout(self, layout: Layout) -> None:
+        """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
+        estimate, mixed = layout.snapshot(), layout.snapshot()
+        layout.carry(self.layout, self.estimate, estimate)
+        layout.carry(self.layout, self.mixed, mixed)
+        self.estimate, self.mixed = estimate, mixed
+        super().relayout(layout)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        """The number of rounds."""
+        return {"syncs": self.syncs}
+
+    def local_state(self) -> dict[str, Any]:
+        """What neighbours know of this worker, and it of them."""
+        return super().local_state() | {
+            "estimate": self.layout.per_parameter(self.estimate),
+            "mixed": self.layout.per_parameter(self.mixed),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
+        self.syncs = state["syncs"]
+        self._begin_anew()
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned."""
+        super().load_local_state(state)
+        copy_state(self.layout.per_parameter(self.estimate), state["estimate"], "estimate")
+        copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of estimates")

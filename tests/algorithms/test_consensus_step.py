@@ -1,0 +1,148 @@
+"""The largest and the suggested consensus step against the recursion of compressed gossip itself, in one process."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_slowmo import SQuARM, Workers, suggest_consensus_step
+from lightning_slowmo.algorithms.consensus_step import Loss, largest_consensus_step
+from lightning_slowmo.compression import QSGD, Identity, RandomK, Sign, SignTopK, TopK, seeded_generator
+from lightning_slowmo.topology import make
+from tests.algorithms.training import CONSTANT, PLAIN, Problem, Training
+from tests.on_workers import on_workers
+
+LENGTH = 200
+GRAPHS = [("ring", 2), ("ring", 7), ("complete", 8), ("star", 4)]
+COMPRESSORS = [
+    Identity(),
+    Sign("l1"),
+    Sign("l2"),
+    SignTopK(0.01),
+    TopK(0.1),
+    TopK(0.1, values=QSGD(4, norm="max")),
+    RandomK(0.1),
+    QSGD(4, norm="max", bucket=512),
+    QSGD(3, contractive=True),
+]
+
+
+def settings(graph, workers, compressor):
+    return {
+        "topology": graph,
+        "compressor": compressor,
+        "workers": workers,
+        "mixing": "metropolis" if graph == "star" else "uniform",
+        "segments": (LENGTH,),
+    }
+
+
+def distance_after(step, syncs, topology, compressor, workers, mixing, segments):
+    """How far apart workers are after pure gossip, relative to the start; infinity if ever a thousand times as far.
+
+    Every worker knows nothing of the others at first, and follows the listing with a copy of every estimate.
+    """
+    weights = torch.tensor(make(topology, mixing).on(workers).weights())
+    generator, lengths = seeded_generator(3), segments * workers
+    x = torch.randn(workers, *segments, generator=generator, dtype=torch.float64)
+    h = torch.zeros_like(x)
+    start = (x - x.mean(0)).norm()
+    for _ in range(syncs):
+        payload = compressor.compress((x - h).flatten(), lengths, generator)
+        h = h + compressor.decompress(payload, lengths, x.dtype).view_as(x)
+        x = x + step * (weights @ h - h)
+        far = float((x - x.mean(0)).norm() / start)
+        if not far < 1000:
+            return math.inf
+    return far
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+@pytest.mark.parametrize(("graph", "workers"), GRAPHS)
+def test_the_suggested_step_brings_all_workers_together(graph, workers, compressor):
+    given = settings(graph, workers, compressor)
+    step = suggest_consensus_step(**given)
+    gap = make(graph, given["mixing"]).on(workers).spectral_gap
+    assert 0 < step <= 1
+    # Without loss, so many syncs would leave less than e^-4 = 2 % of the distance.
+    assert distance_after(step, 20 + math.ceil(4 / (step * gap)), **given) < 0.1
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+@pytest.mark.parametrize(("graph", "workers"), [("ring", 7), ("complete", 8), ("star", 4)])
+def test_four_times_the_largest_step_drives_them_apart(graph, workers, compressor):
+    """Twice does on complete graphs; sparse graphs, and compressors that choose well, bear a little more."""
+    given = settings(graph, workers, compressor)
+    step = 4 * largest_consensus_step(**given)
+    assert distance_after(step, 40 + math.ceil(60 / Loss.of(compressor, (LENGTH,)).share), **given) > 10
+
+
+@pytest.mark.parametrize(
+    ("compressor", "low", "high"), [(Identity(), 1, 1), (Sign("l1"), 0.4, 0.6), (SignTopK(0.01), 0.008, 0.05)]
+)
+def test_suggested_steps_are_those_that_were_found_by_tuning(compressor, low, high):
+    """CHOCO-SGD's authors: 0.45 to 0.5 for signs, up to 0.04 for one percent, on rings of 8 and 9."""
+    assert low <= suggest_consensus_step("ring", compressor, workers=8) <= high
+
+
+def test_the_longest_tensor_and_the_steepest_mode_decide():
+    assert largest_consensus_step("ring", Sign(), workers=1) == math.inf
+    assert suggest_consensus_step("ring", Sign(), workers=1) == 1
+    few = [largest_consensus_step("complete", TopK(k=5), 4, segments=lengths) for lengths in ((50,), (5, 500), (5000,))]
+    np.testing.assert_allclose(few, [0.2, 0.02, 0.002], rtol=1e-3)  # 2 k / d
+    ring, complete = (largest_consensus_step(graph, TopK(0.1), 4) for graph in ("ring", "complete"))
+    np.testing.assert_allclose(ring / complete, 3 / 4)  # the ring's smallest eigenvalue is -1/3
+    assert largest_consensus_step("ring", QSGD(3), 4) == 0
+
+
+# SQuARM ---------------------------------------------------------------------------------------------------------------
+
+DRIFTING = Problem(CONSTANT.groups, ((0.1, 0.05),) * 4 + ((0.0, 0.0),) * 56, seed=1)
+"""Four steps, after which nobody learns any more and only gossip is left."""
+
+
+def distance(workers, training):
+    models = np.array(workers.gather(training.values().tolist()))
+    return np.linalg.norm(models - models.mean(0))
+
+
+def trained(workers, squarm, problem=DRIFTING):
+    """The distance of the workers from their mean after the last learning step and at the end, and all warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training = Training(workers, squarm, problem, PLAIN)
+        for _ in range(4):
+            training.step()
+        early = distance(workers, training)
+        training.trajectory()
+    return early, distance(workers, training), [str(warning.message) for warning in caught]
+
+
+@on_workers(1, 2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
+def test_by_default_nobody_is_warned_and_all_come_together(workers, case):
+    for graph, mixing in (("ring", "uniform"), ("complete", "uniform"), ("star", "metropolis")):
+        early, late, said = trained(workers, SQuARM(graph, 1, case, mixing=mixing))
+        assert not said
+        assert workers.alone or late < 0.1 * early
+
+
+@on_workers(2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
+def test_a_step_in_the_region_that_diverges_is_warned_of_once_and_diverges(workers, case):
+    lengths = [math.prod(shape) for shape in CONSTANT.shapes if math.prod(shape)]
+    largest = largest_consensus_step("complete", case, workers.size, segments=lengths)
+    early, late, said = trained(workers, SQuARM("complete", 1, case, 4 * largest))
+    assert late > 10 * early
+    assert len(said) == (workers.rank == 0)
+    if said:
+        assert "is in the region that diverges" in said[0]
+        assert f"on 'complete' between {workers.size} workers" in said[0]
+        assert f"from about {largest:.3g} on" in said[0]
+        assert f"Use consensus_step={2 / 3 * largest:.3g}" in said[0] or "Use consensus_step=1," in said[0]
+    assert not trained(workers, SQuARM("complete", 1, case, 0.9 * largest))[2]
+
+
+def test_a_compressor_that_loses_more_than_it_tells_is_refused():
+    with pytest.raises(ValueError, match="loses more than it tells"):
+        SQuARM("ring", compressor=QSGD(3)).bind(PLAIN([torch.nn.Parameter(torch.ones(300))]), Workers())
