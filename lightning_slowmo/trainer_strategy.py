@@ -7,10 +7,7 @@ samplers, ranks and devices; the model is not wrapped in DistributedDataParallel
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +29,7 @@ from lightning_slowmo.communication.hierarchy import check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.engine import Engine, check_on_nonfinite
 from lightning_slowmo.presets import LAUNCHERS, PRESETS, preset
+from lightning_slowmo.signals import Signals
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy
@@ -135,14 +133,14 @@ class SlowMoMixin(DDPStrategy):
         self._training = False
         self._stepping = False
         self._accumulating = False
-        self._wanted: list[tuple[str, bool]] = []
+        self._signals: Signals | None = None
         self._restored = checkpoints.Restored()
         self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups and buffers, which do not travel."""
         state = super().__getstate__()
-        for name in ("engine", "workers", "everyone", "_node", "_world", "_restored", "_undo"):
+        for name in ("engine", "workers", "everyone", "_node", "_world", "_restored", "_signals", "_undo"):
             state.pop(name, None)
         return state
 
@@ -241,8 +239,8 @@ class SlowMoMixin(DDPStrategy):
         self.engine.on_sync = self._on_sync
         warn_of_hidden_collectives(trainer)
         self._watch_optimizers()
-        self._quiet_sigterm(trainer)
-        self._postpone_saves(trainer)
+        self._signals = Signals(trainer, self.engine, self.everyone, self.launcher, lambda: self._training)
+        self._undo.append(self._signals.give_back)
 
     def _layer_sync_inside_nodes(self) -> Any:
         """SyncBatchNorm communicates in every forward pass, which only the processes of a node do together."""
@@ -267,54 +265,6 @@ class SlowMoMixin(DDPStrategy):
 
         for optimizer in self.optimizers:
             self._undo.append(optimizer.register_step_pre_hook(complain).remove)
-
-    def _quiet_sigterm(self, trainer: Any) -> None:
-        """Keep Lightning from broadcasting its SIGTERM flag before every batch: the header carries the flag."""
-        loop = trainer.fit_loop.epoch_loop
-        if hasattr(type(loop), "_broadcast_sigterm_tensor"):  # Lightning >= 2.5.2
-            loop._broadcast_sigterm_tensor = lambda: None
-            self._undo.append(lambda: delattr(loop, "_broadcast_sigterm_tensor"))
-        connector = trainer._signal_connector
-        if hasattr(type(connector), "_sigterm_notifier_fn"):
-            connector._sigterm_notifier_fn = self._on_sigterm
-            self._undo.append(lambda: delattr(connector, "_sigterm_notifier_fn"))
-
-    def _postpone_saves(self, trainer: Any) -> None:
-        """Let a checkpoint that a signal handler asks for wait until all workers are between two batches.
-
-        A handler interrupts anything: a collective, a forward pass whose values autograd remembers, another save.
-        """
-        save = trainer.save_checkpoint
-
-        def save_or_postpone(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-            if self._training and in_signal_handler():
-                assert self.engine is not None
-                self._wanted.append((str(filepath), bool(weights_only)))
-                self.engine.save = True
-            else:
-                save(filepath, weights_only, storage_options)
-
-        trainer.save_checkpoint = save_or_postpone
-        self._undo.append(lambda: delattr(trainer, "save_checkpoint"))
-
-    def _save_wanted(self) -> None:
-        """Write the checkpoints that were postponed; all workers write the same ones, whoever was asked."""
-        assert self.engine is not None
-        self.engine.save = False  # before looking what is wanted: a signal may come meanwhile
-        wanted, self._wanted = self._wanted, []
-        everyone = [json.loads(text) for text in self.everyone.gather_text(json.dumps(wanted))]
-        for filepath, weights_only in next(filter(None, everyone), []):
-            self._trainer.save_checkpoint(filepath, weights_only)
-
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        """Remember the signal for the next meeting, where all learn of it, and pass it on to child processes."""
-        assert self.engine is not None
-        first = not self.engine.terminate
-        self.engine.terminate = True
-        if first and self.launcher is not None:
-            self.launcher.kill(signal.Signals(signum))
-        if self.everyone.alone:
-            self._trainer._signal_connector.received_sigterm = True
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -344,7 +294,8 @@ class SlowMoMixin(DDPStrategy):
             with self._flags():
                 ready = self.engine.pause()
             if ready:
-                self._save_wanted()
+                assert self._signals is not None
+                self._signals.save_wanted()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -409,7 +360,8 @@ class SlowMoMixin(DDPStrategy):
         with self._flags():
             self.engine.finish()
         if self.engine.must_save:
-            self._save_wanted()
+            assert self._signals is not None
+            self._signals.save_wanted()
         self._training = False
 
     def _meet(self, reason: Reason) -> None:
@@ -571,18 +523,6 @@ class NodeBatchNorm:
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:
         """Convert them back."""
         return self.plugin.revert(model)
-
-
-def in_signal_handler() -> bool:
-    """Whether a Python signal handler is being run."""
-    codes = set()
-    for handler in filter(callable, map(signal.getsignal, signal.valid_signals())):
-        function = getattr(handler, "func", handler)  # of a functools.partial
-        codes.add(getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None))
-    frame = sys._getframe()
-    while frame is not None and frame.f_code not in codes:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
 
 
 def warn_of_hidden_collectives(trainer: Any) -> None:

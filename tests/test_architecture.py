@@ -22,6 +22,7 @@ FLOORS = {
     "presets": 4,
     "checkpoint": 5,
     "callbacks": 5,
+    "signals": 5,
     "trainer_strategy": 5,
     "strategy": 5,
     "pl": 5,

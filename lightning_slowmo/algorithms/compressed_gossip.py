@@ -151,8 +151,8 @@ class RunningSQuARM(RunningEstimates):
         if config.consensus_step >= largest and self.workers.rank == 0:
             warnings.warn(
                 f"consensus_step={config.consensus_step:.3g} is in the region that diverges: with {config.compressor}, "
-                f"gossip on {config.topology!r} between {self.workers.size} workers drives them apart from about "
-                f"{largest:.3g} on. Use consensus_step={suggested:.3g}, or None, which takes that.",
+                f"gossip on {config.topology!r} between {self.workers.size} workers drives them apart, or keeps them "
+                f"apart, from about {largest:.3g} on. Use consensus_step={suggested:.3g}, or None for just that.",
                 stacklevel=2,
             )
         return config.consensus_step

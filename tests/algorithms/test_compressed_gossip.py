@@ -2,14 +2,19 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_slowmo import Gossip, LocalSGD, SQuARM, Threshold
-from lightning_slowmo.compression import QSGD, Identity, Sign, SignTopK, TopK
+from lightning_slowmo import QPRSGD, Gossip, LocalSGD, SQuARM, Threshold
+from lightning_slowmo.algorithms import estimates
+from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.communication.meeting import Header, Reason
+from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, PLAIN, Training, same, small_buckets, train
 from tests.on_workers import on_workers
@@ -87,6 +92,38 @@ def test_without_compression_and_trigger_it_is_d_psgd_with_local_momentum(worker
     same(ours, train(workers, LocalSGD(3), CHANGING, MOMENTUM))
 
 
+@on_workers(1)
+def test_one_worker_alone_is_torchs_own_nesterov_sgd(workers):
+    parameters = [torch.nn.Parameter(torch.tensor(value)) for value in CHANGING.initial()]
+    left = iter(parameters)
+    optimizer = NESTEROV([{"params": [next(left) for _ in group]} for group in CHANGING.groups])
+    rows = []
+    for step, rates in enumerate(CHANGING.rates):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.tensor(CHANGING.gradient(0, step, index, parameter.detach().numpy()))
+        optimizer.step()
+        rows.append(np.concatenate([parameter.detach().numpy().ravel() for parameter in parameters]))
+    for squarm in (SQuARM("ring", 1), SQuARM("complete", 3, Sign("l2"), 0.3, Threshold(1.0), "zero")):
+        same(train(workers, squarm, CHANGING, NESTEROV), np.stack(rows))
+
+
+@on_workers(2, 4)
+def test_a_threshold_of_zero_always_sends(workers):
+    """Even when nothing has changed, as with gradients of zero."""
+    for problem in (CHANGING, replace(CHANGING, scale=0.0)):
+        training = Training(workers, SQuARM("ring", 2, trigger=Threshold(0.0)), problem, NESTEROV)
+        before = workers.traffic.copy()
+        training.trajectory()
+        (unit,) = training.engine.units
+        payload = sum(unit.compressor.payload_bytes(b.segments, b.dtype) for b in unit.layout.buckets)
+        syncs, used = len(problem.rates) // 2, workers.traffic - before
+        headers = 8 * (workers.size - 1) * (len(Header(Reason.SYNC, pending=(1,)).numbers()) + 1)
+        assert training.engine.total.skipped == 0
+        assert used.sent == syncs * (headers + min(2, workers.size - 1) * payload)
+
+
 @on_workers(1, 3)
 def test_nobody_who_is_silent_sends_or_moves(workers):
     """An infinite threshold, or one worker alone: the optimizer's own steps, bit for bit."""
@@ -100,7 +137,19 @@ def test_nobody_who_is_silent_sends_or_moves(workers):
         assert np.array_equal(train(workers, SQuARM("ring", 2, SignTopK(0.1)), CHANGING, NESTEROV), alone)
 
 
-@on_workers(2, 3, 4, each=[SignTopK(0.2), Sign("l1"), QSGD(3, contractive=True)])
+ANY = [
+    Identity(),
+    SignTopK(0.2),
+    Sign("l1"),
+    Sign("l2"),
+    TopK(0.3, values=Cast("bf16")),
+    RandomK(0.4),
+    QSGD(3, contractive=True),
+    Cast("int8"),
+]
+
+
+@on_workers(2, 3, 4, each=ANY)
 def test_gossip_preserves_the_mean_and_estimates_are_what_the_others_have(workers, case):
     training = Training(workers, SQuARM("ring", 1, case, 0.3, Threshold(50.0)), CONSTANT, PLAIN)
     (unit,) = training.engine.units
@@ -114,6 +163,43 @@ def test_gossip_preserves_the_mean_and_estimates_are_what_the_others_have(worker
         estimate = np.array(workers.gather(torch.cat(unit.estimate).tolist()))
         mixed = np.array(workers.gather(torch.cat(unit.mixed).tolist()))
         np.testing.assert_allclose(mixed, weights @ estimate, rtol=0, atol=1e-12)
+
+
+@on_workers(
+    2,
+    4,
+    each=[
+        SQuARM("ring", 1, QSGD(3, contractive=True), 0.3, Threshold(60.0)),
+        SQuARM("complete", 2, SignTopK(0.2), initial_estimate="zero"),
+        QPRSGD(1, QSGD(3, norm="max"), "gossip"),
+    ],
+)
+def test_estimates_equal_their_copies_at_the_neighbours_bit_for_bit(workers, case):
+    """A worker that keeps a copy of each neighbour's estimate, from what it hears alone, has what that worker has."""
+    heard = []
+
+    def listening(*arguments):
+        heard.append(([rank for rank, _ in arguments[3]], exchange(*arguments)))
+        return heard[-1][1]
+
+    with small_buckets(), mock.patch.object(estimates, "exchange", listening):
+        training = Training(workers, case, CONSTANT, PLAIN, torch.float32)
+        (unit,) = training.engine.units
+        neighbours = [peer for peer, _ in unit.schedule.exchange(workers.rank, 0).receives]
+        copies = {peer: [flat.clone() for flat in unit.estimate] for peer in neighbours}
+        messages = 0
+        for _ in range(8):
+            heard.clear()
+            training.step()
+            for bucket, (senders, delivery) in zip(unit.layout.buckets, heard, strict=False):
+                for sender, (payload, _) in zip(senders, delivery.messages(), strict=True):
+                    told = unit.compressor.decompress(payload, bucket.segments, bucket.dtype)
+                    bucket.of(copies[sender]).add_(told)
+                    messages += 1
+            rows = workers.gather(torch.cat(unit.estimate).tolist())
+            for peer, copy in copies.items():
+                assert torch.cat(copy).tolist() == rows[peer]
+        assert messages
 
 
 @on_workers(2, 3)

@@ -1,7 +1,12 @@
 """Compressed means against arithmetic by hand, between real workers."""
 
+import zlib
+
 import numpy as np
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_slowmo.communication.compressed import chunks, mean_bytes, ring, two_shot
 from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK, seeded_generator
@@ -61,6 +66,54 @@ def test_all_workers_get_the_same_bits_of_predicted_size(workers, case):
                 if case == "two_shot":
                     assert sent == expected[workers.rank]
                 assert sum(everywhere) == sum(expected)
+
+
+@on_workers(1, 2, 3, 4, 5, 6, 7, 8)
+def test_any_lengths_between_any_number_of_workers(workers):
+    """Derandomized, so that all workers try the same: equal bits of the predicted size, and zeros stay zeros."""
+
+    @settings(derandomize=True, database=None, deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+    @given(
+        segments=st.lists(st.sampled_from([0, 1, 7, 8, 9, 130]), max_size=5).map(tuple),
+        compressor=st.sampled_from(COMPRESSORS),
+        transport=st.sampled_from(list(TRANSPORTS)),
+        seed=st.integers(0, 99),
+    )
+    def check(segments, compressor, transport, seed):
+        flat = vector(workers.rank, sum(segments), seed)
+        before = workers.traffic.copy()
+        mean = TRANSPORTS[transport](workers, flat, segments, compressor, seeded_generator(seed, workers.rank))
+        sent = sum(row[0] for row in workers.gather([(workers.traffic - before).sent]))
+        ranks = range(workers.size)
+        assert sent == sum(mean_bytes(compressor, segments, flat.dtype, workers.size, rank) for rank in ranks)
+        rows = everyones(workers, mean)
+        assert np.isfinite(rows).all()
+        assert (rows == rows[0]).all()
+        zeros = torch.zeros_like(flat)
+        assert not TRANSPORTS[transport](workers, zeros, segments, compressor, seeded_generator(seed)).any()
+
+    check()
+
+
+@on_workers(1, 2, 3, 4, 5, 6, 7, 8)
+def test_a_long_vector_between_any_number_of_workers(workers):
+    flat = vector(workers.rank, 1_000_003).float()
+    exact = workers.sum(flat.clone()).wait() / workers.size
+    for transport, compressor in (("ring", QSGD(4, norm="max", bucket=512)), ("two_shot", Sign("l2"))):
+        mean = TRANSPORTS[transport](workers, flat, (1_000_003,), compressor, seeded_generator(1, workers.rank))
+        assert len({row[0] for row in workers.gather([zlib.crc32(mean.numpy().tobytes())])}) == 1
+        error = float((mean - exact).norm() / exact.norm())
+        assert 0.01 < error < (0.8 if transport == "ring" else 1.5)
+
+
+@on_workers(1, 3, each=list(TRANSPORTS))
+def test_what_is_not_finite_is_refused_and_not_sent(workers, case):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for compressor in COMPRESSORS:
+            flat = vector(workers.rank, 40)
+            flat[::13] = bad  # in the chunks of all workers
+            with pytest.raises(ValueError, match="not finite"):
+                TRANSPORTS[case](workers, flat, (40,), compressor, seeded_generator(1, workers.rank))
 
 
 @on_workers(2, 3, 4, each=[Sign("l1"), Sign("l2"), TopK(0.3), QSGD(3, norm="max", contractive=True)])
