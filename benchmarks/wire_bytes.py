@@ -2,9 +2,9 @@
 
     sudo python -m benchmarks.wire_bytes        # in a network namespace of its own
 
-Predicted are the payloads and the headers of the meetings; the interface adds TCP's and gloo's own, some 10 to 20 kB a
-sync and worker. All workers talk over the loopback of the namespace, where nobody else does. Exits with an error unless
-all three agree within 2 %.
+Predicted are the payloads and the headers of the meetings; the interface adds TCP's own and gloo's, about half a
+kilobyte a message. All workers talk over the loopback of the namespace, where nobody else does. Exits with an error
+unless predicted and counted are equal, and the interface within 3 %.
 """
 
 from __future__ import annotations
@@ -123,10 +123,11 @@ def main() -> None:
         interface = rows[0][2] / len(rows)
         full = exact(len(rows), Layout([[torch.empty(numel)]]))
         values = " | ".join(f"{value / 1e6:.4f}" for value in (predicted, counted, interface))
-        print(f"| {name} | {values} | {1 - predicted / full:.1%} |")
-        differ += [name] * (max(abs(counted / predicted - 1), abs(interface / predicted - 1)) > 0.02)
+        print(f"| {name} | {values} | {max(0, 1 - predicted / full):.1%} |")
+        if abs(counted / predicted - 1) > 1e-4 or abs(interface / predicted - 1) > 0.03:
+            differ.append(name)
     if differ:
-        sys.exit(f"More than 2 % apart: {', '.join(differ)}.")
+        sys.exit(f"Not as predicted: {', '.join(differ)}.")
 
 
 if __name__ == "__main__":

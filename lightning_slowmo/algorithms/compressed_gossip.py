@@ -20,18 +20,17 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport, check_period, check_rate
-from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step
+from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step, symmetric
 from lightning_slowmo.algorithms.estimates import RunningEstimates
 from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
 from lightning_slowmo.communication.collectives import Drift
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, SignTopK
-from lightning_slowmo.topology import Mixing, Schedule, make
+from lightning_slowmo.topology import Mixing, make
 
 InitialEstimate = Literal["model", "zero"]
 """What is known of every worker before the first message: the common start, or nothing."""
@@ -125,7 +124,7 @@ class RunningSQuARM(RunningEstimates):
 
     def __init__(self, config: SQuARM, optimizer: Optimizer, workers: Workers) -> None:
         self.config = config
-        self.schedule = _symmetric(make(config.topology, config.mixing).on(workers.size), config.topology)
+        self.schedule = symmetric(config.topology, config.mixing, workers.size)
         super().__init__(config.sync_every, config.compressor, optimizer, workers)
         if config.initial_estimate == "zero":
             self.estimate, self.mixed = self.layout.zeros(), self.layout.zeros()
@@ -189,13 +188,3 @@ class RunningSQuARM(RunningEstimates):
             square = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
             squares += square / rate**2 if rate else (math.inf if square else 0.0)
         return squares > c
-
-
-def _symmetric(schedule: Schedule, topology: Any) -> Schedule:
-    """The schedule, if it is one symmetric matrix."""
-    if schedule.period != 1 or not np.allclose(schedule.weights(), schedule.weights().T):
-        raise ValueError(
-            f"SQuARM needs the same symmetric weights at every step, which {topology!r} does not give. Use an "
-            "undirected graph such as 'ring', with mixing='metropolis' if it is irregular."
-        )
-    return schedule

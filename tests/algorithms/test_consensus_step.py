@@ -66,7 +66,7 @@ def test_the_suggested_step_brings_all_workers_together(graph, workers, compress
     step = suggest_consensus_step(**given)
     gap = make(graph, given["mixing"]).on(workers).spectral_gap
     assert 0 < step <= 1
-    assert distance_after(step, 40 + math.ceil(8 / (step * gap)), **given) < 0.1
+    assert distance_after(step, 200 + math.ceil(8 / (step * gap)), **given) < 0.1
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
@@ -96,7 +96,10 @@ def test_the_longest_tensor_and_the_steepest_mode_decide():
     np.testing.assert_allclose(few, [0.2, 0.02, 0.002], rtol=1e-3)  # 2 k / d
     ring, complete = (largest_consensus_step(graph, TopK(0.1), 4) for graph in ("ring", "complete"))
     np.testing.assert_allclose(ring / complete, 3 / 4)  # the ring's smallest eigenvalue is -1/3
-    assert largest_consensus_step("ring", QSGD(2), 4) == 0
+    assert largest_consensus_step("ring", QSGD(2), 4) == largest_consensus_step("ring", QSGD(2), 1) == 0
+    for directed in ("exponential", "star", "one_peer_exponential"):
+        with pytest.raises(ValueError, match="same symmetric weights"):
+            suggest_consensus_step(directed, Sign(), workers=4)
 
 
 # SQuARM ---------------------------------------------------------------------------------------------------------------
