@@ -97,8 +97,8 @@ class SlowMo(Algorithm):
         plain = self.average and self.compressor is None and self.base == LocalSGD(self.sync_every)
         if (self.overlap or self.fragments > 1) and not plain:
             raise ValueError(
-                "overlap and fragments need average=True, no compressor, and LocalSGD with the same sync_every as base: "
-                "what they delay and divide is the average of line 6."
+                "overlap and fragments need average=True, no compressor, and LocalSGD with the same sync_every as "
+                "base: what they delay and divide is the average of line 6."
             )
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
