@@ -2,8 +2,11 @@
 
 import io
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.compression import QSGD
 from lightning_slowmo.parameters import Layout
+from tests import harness
 from tests.algorithms import reference
 from tests.algorithms.test_trajectories import INNER
 from tests.algorithms.training import CHANGING as FEW
@@ -371,6 +375,27 @@ def test_a_poisoned_worker_gets_everything_at_once(workers):
             engine.after_step()
         assert agreed == [False, True]
         assert [parameter.tolist() for parameter in parameters] == [[2.0] * 3] * 2
+
+
+def lose_a_message(rank):
+    """Rank 1 comes to the meeting, but its part of the sum never leaves."""
+    workers = Workers.from_world(timeout=timedelta(seconds=3))
+    parameter = Parameter(torch.ones(3))
+    engine = Engine(LocalSGD(2, overlap=1), [torch.optim.SGD([parameter], lr=0.1)], workers)
+    engine.after_step()
+    with mock.patch.object(torch.distributed, "all_reduce") if rank == 1 else nullcontext():
+        engine.after_step()
+    if rank == 1:
+        time.sleep(6)
+        return
+    engine.after_step()
+
+
+@pytest.mark.processes
+def test_waiting_for_what_does_not_arrive_has_a_limit_and_names_whom_it_waited_for():
+    (said, _) = harness.run(2, lose_a_message, expect_failure=True)
+    assert said.startswith("SyncError: rank 0 could not meet the other workers for the sum of the parameters.")
+    assert "Did not come (within 0:00:03): rank 1." in said
 
 
 @on_workers(2, each=FAMILIES)
