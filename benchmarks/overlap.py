@@ -4,9 +4,9 @@
 
 All workers' messages share the one slow link, and headers queue behind models there. Steps without communication, with
 gossip and with SlowMo, each with and without overlap, alternate within one run. SlowMo's all-reduce takes 2(n - 1)/n
-times as long as a message of gossip, once in ten steps. Computation is a sleep, as on an accelerator: the CPU is free to
-move messages. The best of the repeats counts, since other load can only add. The bytes are compared with what the network
-interface counted.
+times as long as a message of gossip, once in ten steps. Computation is a sleep, as on an accelerator: the CPU is free
+to move messages. The best of the repeats counts, since other load can only add. The bytes are compared with what the
+network interface counted.
 """
 
 from __future__ import annotations

@@ -98,29 +98,31 @@ class RunningStreaming(Running):
             The drift of this worker; with overlap, that of the last average that has arrived.
         """
         self._land()
-        self.steps = [[a + b for a, b in zip(steps, round.pending, strict=True)] for steps in self.steps]
-        chosen = self.fragment
-        self.fragment = (chosen + 1) % self.layout.fragments
-        self.pending = 0
-        if not all(round.healthy):  # what a worker has lost, it needs now
-            for index in set(range(self.layout.fragments)) - {chosen}:
-                self._average(index, round)
-        elif self.overlap:
+        chosen, fragments, well = self.fragment, range(self.layout.fragments), all(round.healthy)
+        averaged = [chosen] if well else list(fragments)  # what a worker has lost, it needs now
+        if well and self.overlap:
             buckets, weights = self.layout.fragment(chosen), self._weights(chosen, round)
             self.in_flight = DelayedAverage.send(buckets, self.workers, self._room, weights, then)
-            self.steps[chosen] = [0] * self.workers.size
-            return self._drift
-        self._drift = self._average(chosen, round, then)
+        else:
+            drifts = {index: self._average(index, round, then if index == chosen else None) for index in averaged}
+            self._drift = drifts[chosen]
+        none = [0] * self.workers.size
+        self.steps = [none if index in averaged else self._steps_of(index, round) for index in fragments]
+        self.fragment = (chosen + 1) % len(fragments)
+        self.pending = 0
         return self._drift
 
     def _average(self, index: int, round: Round, then: Then | None = None) -> float:
         weights = self._weights(index, round)
-        self.steps[index] = [0] * self.workers.size
         return average(self.layout.fragment(index), self.workers, self.scratch, weights, then)
 
     def _weights(self, index: int, round: Round) -> list[float]:
-        """The weight of each worker in the mean of a fragment: its steps since that was averaged."""
-        return replace(round, pending=self.steps[index]).weights
+        """The weight of each worker in the mean of a fragment."""
+        return replace(round, pending=self._steps_of(index, round)).weights
+
+    def _steps_of(self, index: int, round: Round) -> list[int]:
+        """The steps of each worker since a fragment was averaged, by rank."""
+        return [earlier + now for earlier, now in zip(self.steps[index], round.pending, strict=True)]
 
     def drain(self) -> None:
         """Wait for what is in flight; the outer step, if there is one, is made. It is taken in when its time comes."""
@@ -143,10 +145,8 @@ class RunningStreaming(Running):
         if self.in_flight is not None:
             self.in_flight.arrive()
             self.in_flight.correct(self.scratch)
-        for index, steps in enumerate(self.steps):
-            total = [a + b for a, b in zip(steps, round.pending, strict=True)]
-            weights = replace(round, pending=total).weights
-            average(self.layout.fragment(index), self.workers, self.scratch, weights)
+        for index in range(self.layout.fragments):
+            self._average(index, round)
 
     def finish(self, round: Round) -> None:
         """End with the consensus; what was in flight is in it."""

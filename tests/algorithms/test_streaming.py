@@ -424,6 +424,60 @@ def test_parameters_that_join_while_an_average_is_in_flight(workers, case):
             assert parameter.max() < 0.5
 
 
+def test_momentum_keeps_its_units_when_parameters_come_to_other_fragments():
+    parameters = [Parameter(torch.ones(size, dtype=torch.float64)) for size in (2, 3, 4, 9)]
+    parameters[3].requires_grad_(False)
+    optimizer = torch.optim.SGD(parameters[:2], lr=0.1)
+    optimizer.add_param_group({"params": parameters[2:]})
+    engine = Engine(SlowMo(sync_every=4, fragments=2), [optimizer], Workers())
+    running = engine.units[0]
+
+    def u():
+        """The paper's slow momentum of the first three parameters."""
+        layout, rates = running.layout, running.momentum_rates
+        of = {id(span.parameter): rates[run.fragment][run.group] for run in layout.runs for span in run.spans}
+        views = zip(layout.parameters, layout.per_parameter(running.momentum), strict=True)
+        return [view / of[id(parameter)] for parameter, view in views][:3]
+
+    for rate in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        engine.before_step()
+        optimizer.step()
+        engine.after_step()
+    before = [value.clone() for value in u()]
+    inside = [running.layout.outside(0) & set(map(id, parameters[:3]))]
+    parameters[3].requires_grad_(True)
+    engine.before_step()
+    inside.append(running.layout.outside(0) & set(map(id, parameters[:3])))
+    assert inside[0] != inside[1]
+    assert all(value.any() for value in before)
+    torch.testing.assert_close(u(), before)
+
+
+@on_workers(2)
+def test_each_of_two_optimizers_has_its_own_average_in_flight(workers):
+    def rows(periods):
+        parameters = [Parameter(torch.zeros(3, dtype=torch.float64)) for _ in periods]
+        optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in parameters]
+        engine = Engine(LocalSGD(4, overlap=2), optimizers, workers)
+        seen = []
+        for step in range(1, 25):
+            for index, period in enumerate(periods):
+                if step % period == 0:
+                    parameters[index].grad = torch.full_like(parameters[index], (1.0 + workers.rank) * step)
+                    optimizers[index].step()
+                    engine.after_step(index)
+            seen.append([parameter.tolist() for parameter in parameters])
+        return seen
+
+    both, first, second = rows([1, 2]), rows([1]), rows([2])
+    assert [row[0] for row in both] == [row[0] for row in first]
+    assert [row[1] for row in both] == [row[0] for row in second]
+
+
 # The bill -------------------------------------------------------------------------------------------------------------
 
 
