@@ -116,6 +116,7 @@ class Engine:
             for unit in self.units:
                 unit.place_slow_state(shard_slow_state, offload_slow_state is not None)
         self.last_meeting: Meeting | None = None
+        self._waited = [0.0 for _ in self.units]
         self._local: list[list[Tensor]] | None = None
         self._local_buffers: list[Tensor] = []
         self._moving: dict[str, Tensor] = {}
@@ -157,7 +158,9 @@ class Engine:
             What the sync did, or None if there was none.
         """
         running = self.units[unit]
-        running.after_step()
+        start = time.perf_counter()
+        running.after_step()  # may wait for an average that was sent some steps ago
+        self._waited[unit] += time.perf_counter() - start
         levels = running.due()
         return None if levels == NOT_DUE else self.meet(Reason.SYNC, unit, levels)
 
@@ -203,8 +206,9 @@ class Engine:
                 report,
                 bytes_sent=used.sent,
                 bytes_received=used.received,
-                seconds=time.perf_counter() - start,
+                seconds=time.perf_counter() - start + self._waited[round.unit],
             )
+            self._waited[round.unit] = 0.0
             self.total = self.total + report
             if (round.reason, round.unit) == (reason, unit):
                 return report
