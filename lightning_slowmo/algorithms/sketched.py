@@ -118,7 +118,7 @@ class SensedSGD(Algorithm):
     Args:
         measurements: share of the model's size that is measured, in (0, 1].
         sparsity: share of the elements that move in a step, in (0, 1]; a fifth of ``measurements`` is a good choice.
-        iterations: improvements of the recovered vector, each of which costs five transforms.
+        iterations: improvements of the recovered vector, each of which costs seven transforms.
         momentum: of the algorithm, in place of the optimizer's own.
         block: length of the blocks that are measured, a power of two.
         dense_below: tensors with fewer elements are all-reduced uncompressed, with momentum.
@@ -259,7 +259,7 @@ class RunningSparseSGD(RunningAllReduce):
         elif used:
             self._exchange_all(used, {id(p) for p, new in zip(parameters, fresh, strict=True) if new}, round)
             self.steps += 1
-        if mine:
+        if mine and used:
             self.exchanged.take_note(parameters)
         self.pending = int(mine)
 
@@ -429,7 +429,8 @@ class RunningSensedSGD(RunningSparseSGD):
     Attributes:
         momentum: u of its blocks, a table for each run of ``large``: a row for each measurement, a column a block.
         residual: v of its blocks, likewise.
-        inherited: measurements, of all blocks, whose sum over the workers is a part of the residual that no server has yet.
+        inherited: measurements of all blocks, whose sum over the workers is a part of the residual that no server has
+            yet; None if there is no such part.
     """
 
     def _allocate(self) -> None:
@@ -559,13 +560,13 @@ class RunningSensedSGD(RunningSparseSGD):
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`shared_state` returned; what another matrix measured is measured anew."""
-        super().load_shared_state(state)
         lengths = [made["length"] for made in state["sensing"]]
         if lengths != [run.numel for run in self.large.runs]:
             raise ValueError(
                 f"The checkpoint has measurements of {lengths} elements, but the optimizer has parameters of "
                 f"{[run.numel for run in self.large.runs]}; is it the same model, with the same dense_below?"
             )
+        super().load_shared_state(state)
         self.inherited = None
         for run, made in enumerate(state["sensing"]):
             length = made["length"]

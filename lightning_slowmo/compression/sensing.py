@@ -15,6 +15,9 @@ from lightning_slowmo.compression.base import compute_dtype
 from lightning_slowmo.compression.hashing import hashed, mix
 from lightning_slowmo.compression.segments import block_length
 
+CORRECTIONS = 2
+"""Steps in which the values of an estimate are corrected, at their places. With one only, some blocks never settle."""
+
 
 class Recovery(NamedTuple):
     """A sparse vector that explains measurements: ``sparsity`` elements of each block.
@@ -118,9 +121,10 @@ class Sensing:
     ) -> Recovery:
         """Recover sparse blocks by fast iterative hard thresholding.
 
-        Each iteration extrapolates from the last two estimates, takes a gradient step and keeps the largest elements;
-        all steps have the length that is best on the present places. Of all estimates the one is returned whose
-        measurements are nearest; the first is already nearer than 0, so the rest is never larger than ``table``.
+        Each iteration extrapolates from the last two estimates, takes a gradient step, keeps the largest elements and
+        corrects their values; steps have the length that is best for the elements that matter. Of all estimates the one
+        is returned whose measurements are nearest; the first is already nearer than 0, so the rest is never larger than
+        ``table``.
 
         Args:
             table: measurements, or a sum of some; perhaps of some neighbouring blocks only.
@@ -207,21 +211,25 @@ class _Matrix:
         _, estimate, measured = best_step(direction, positions)
         best = [positions, estimate.gather(0, positions), _square(table - measured)]
         before, measured_before = torch.zeros_like(estimate), torch.zeros_like(measured)
+        tie = 1 + 16 * torch.finfo(table.dtype).eps  # of equally good estimates the last one, whatever rounding says
         for _ in range(iterations):
             change = measured - measured_before
-            momentum = _ratio(((table - measured) * change).sum(0), _square(change))
+            # Near the end a change is rounding error, whose best multiple may be huge: never more than once.
+            momentum = _ratio(((table - measured) * change).sum(0), _square(change)).clamp_(0, 1)
             ahead, measured_ahead = estimate + momentum * (estimate - before), measured + momentum * change
             before, measured_before = estimate, measured
             direction = gradient(table - measured_ahead)
-            rate, _, _ = best_step(direction, positions)
+            # Of the present positions nothing but rounding errors may be left in the gradient: no measure for a step.
+            rate, _, _ = best_step(direction, largest(direction))
             moved = ahead + rate * direction
             positions = largest(moved)
             estimate = self.placed(positions, moved.gather(0, positions))
             measured = self.measure(estimate)
-            _, step, change = best_step(gradient(table - measured), positions)
-            estimate, measured = estimate + step, measured + change
+            for _ in range(CORRECTIONS):
+                _, step, change = best_step(gradient(table - measured), positions)
+                estimate, measured = estimate + step, measured + change
             found = [positions, estimate.gather(0, positions), _square(table - measured)]
-            nearer = found[2] < best[2]
+            nearer = found[2] <= best[2] * tie
             best = [torch.where(nearer, new, old) for new, old in zip(found, best, strict=True)]
         return best[0], best[1]
 

@@ -302,8 +302,7 @@ def test_who_has_no_inputs_helps_and_keeps_everything(workers, case):
         for _ in range(6):
             training.step()
         training.engine.finish()
-    config = case
-    listing = (SketchedListing if case is SKETCHED else SensedListing)(config, workers.size - 1)
+    listing = (SketchedListing if case is SKETCHED else SensedListing)(case, workers.size - 1)
     np.testing.assert_allclose(training.values(), listing.trajectory()[5], rtol=0, atol=1e-10)
 
 
@@ -389,7 +388,8 @@ def test_a_parameter_that_joins_takes_nothing_from_the_others(workers, case):
     assert unit.large.numel == length + 20
     new = unit.shared_state()["residual"]
     if isinstance(case, SketchedSGD):
-        assert all(torch.equal(a, b) for a, b in zip(new, [*old, torch.zeros(20).double()], strict=True))
+        for now, was in zip(new, [*old, torch.zeros(20, dtype=torch.float64)], strict=True):
+            torch.testing.assert_close(now, was, rtol=0, atol=1e-14)
     else:
         sensing = unit.config.sensing()
         known = torch.cat([sensing.adjoint(old[0], length), torch.zeros(20, dtype=torch.float64)])

@@ -69,7 +69,7 @@ def test_a_sparse_vector_is_recovered_exactly(length, places, share):
 
 
 def test_a_sum_of_sparse_vectors_in_many_blocks_is_recovered_from_the_sum_of_measurements():
-    sensing, length = Sensing(0.25, 512), 20_000
+    sensing, length = Sensing(0.4, 512), 20_000
     parts = [sparse(length, 100, seed) for seed in range(4)]
     recovery = sensing.recover(sum(map(sensing.measure, parts)), length, 24, iterations=100)
     torch.testing.assert_close(dealt(sensing, recovery, length), sum(parts), rtol=1e-10, atol=1e-12)
