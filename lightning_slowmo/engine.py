@@ -144,9 +144,10 @@ class Engine:
         for index, unit in enumerate(self.units):
             if not unit.exchanges_gradients:
                 continue
-            unit.loss_scale = loss_scale
-            unit.before_step()  # the first gradient of a parameter that joins counts, too
-            if any(parameter.grad is not None for parameter in unit.layout.parameters):
+            # While another optimizer has its turn, this one's parameters may be frozen: that changes no layout.
+            if any(parameter.grad is not None for group in unit.groups() for parameter in group):
+                unit.loss_scale = loss_scale
+                unit.before_step()  # the first gradient of a parameter that joins counts, too
                 self.meet(Reason.GRADIENTS, index)
 
     def before_step(self, unit: int = 0) -> None:
