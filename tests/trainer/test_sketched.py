@@ -159,7 +159,6 @@ def train_on_digits(rank, size):
 @pytest.mark.processes
 def test_digits_are_learned_nearly_as_well_at_equal_steps():
     for results in run_trainers(2, train_on_digits, 2):
-        print(results)
         accuracy, sent, steps = results["sgd"]
         assert accuracy > 95
         for name in ("sketched", "sensed"):
