@@ -135,13 +135,20 @@ class Engine:
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    def after_backward(self) -> None:
-        """Exchange gradients, for the algorithms that do; call it when gradients are complete, before clipping."""
+    def after_backward(self, loss_scale: float | None = None) -> None:
+        """Exchange gradients, for the algorithms that do; call it when gradients are complete, before clipping.
+
+        Args:
+            loss_scale: what a gradient scaler has multiplied the loss by; None if there is no scaler. Call this before
+                the scaler's ``unscale_``, which looks for infinities on one worker alone.
+        """
         for index, unit in enumerate(self.units):
             if not unit.exchanges_gradients:
                 continue
-            unit.before_step()  # the first gradient of a parameter that joins counts, too
-            if any(parameter.grad is not None for parameter in unit.layout.parameters):
+            # While another optimizer has its turn, this one's parameters may be frozen: that changes no layout.
+            if any(parameter.grad is not None for group in unit.groups() for parameter in group):
+                unit.loss_scale = loss_scale
+                unit.before_step()  # the first gradient of a parameter that joins counts, too
                 self.meet(Reason.GRADIENTS, index)
 
     def before_step(self, unit: int = 0) -> None:

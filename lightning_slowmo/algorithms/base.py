@@ -117,6 +117,9 @@ class Running(ABC):
     exchanges_gradients = False
     """Whether :meth:`sync_gradients` communicates."""
 
+    loss_scale: float | None = None
+    """What a gradient scaler has multiplied this worker's gradients by; None if there is no scaler."""
+
     fragment = 0
     """Which of the layout's fragments :meth:`average` takes next."""
 
@@ -138,12 +141,7 @@ class Running(ABC):
 
     def is_finite(self) -> bool:
         """Whether all parameters are finite."""
-        parameters = [parameter.detach() for parameter in self.layout.parameters]
-        norms = [norm.double() for norm in torch._foreach_norm(parameters)]
-        if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
-            return True
-        # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
-        return all(parameter.isfinite().all() for parameter in parameters)
+        return are_finite(self.layout.parameters)
 
     def agrees_after(self, round: Round) -> bool:
         """Whether a sync makes the workers' parameters equal; gossip, say, only brings them closer."""
@@ -264,6 +262,18 @@ class Running(ABC):
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned on this worker."""
         self.pending = state["pending"]
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements of all tensors are finite."""
+    if not tensors:
+        return True
+    tensors = [tensor.detach() for tensor in tensors]
+    norms = [norm.double() for norm in torch._foreach_norm(tensors)]
+    if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
+        return True
+    # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def check_period(name: str, value: Any, least: int = 1) -> None:
