@@ -96,6 +96,7 @@ class RunningOuterLoop(Running):
 
     def sync_gradients(self, round: Round) -> None:
         """Let the base exchange gradients."""
+        self.base.loss_scale = self.loss_scale
         self.base.sync_gradients(round)
 
     def relayout(self, layout: Layout) -> None:
