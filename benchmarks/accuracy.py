@@ -81,13 +81,14 @@ def rows(family: str, task: Task) -> dict[str, Row]:
             for name, base in pairs
             for suffix in ("", " + slowmo")
         }
-    names = ("local_sgd", "qprsgd", "qprsgd_gossip", "choco_sgd", "sparq_sgd", "squarm_sgd")
+    names = ("local_sgd", "qprsgd", "qprsgd_gossip", "choco_sgd", "squarm_sgd")
     return {
         "ddp": Row(PRESETS["allreduce"]),
         "slowmo": Row(SlowMo(**slow)),
         "slowmo, QSGD 4 bit": Row(SlowMo(**slow, compressor=QSGD(bits=4, norm="max", bucket=512))),
         "slowmo, 1 % of signs": Row(SlowMo(**slow, compressor=SignTopK(0.01))),
         **{name: Row(PRESETS[name]) for name in names},
+        "sparq_sgd": Row(PRESETS["sparq_sgd"], "plain"),
         "sketched_sgd": Row(PRESETS["sketched_sgd"], "plain"),
         "sensed_sgd": Row(PRESETS["sensed_sgd"], "plain"),
         "ddp, Adam": Row(PRESETS["allreduce"], "adam"),
