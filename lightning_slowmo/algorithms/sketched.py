@@ -72,10 +72,10 @@ class SketchedSGD(Algorithm):
         Trainer(strategy=SlowMoStrategy(SketchedSGD(k=0.005, columns=0.01)))    # over SGD(momentum=0)
     """
 
-    k: int | float = 0.01
+    k: int | float = 0.02
     rows: int = 5
     columns: int | float = 0.02
-    candidates: int = 4
+    candidates: int = 2
     momentum: float = 0.9
     momentum_masking: bool = True
     dense_below: int = 4096
