@@ -95,7 +95,7 @@ class TranslationData(L.LightningDataModule):
 
     def __init__(
         self,
-        root: str | Path | None,
+        root: str | Path,
         source: str = "en",
         target: str = "de",
         text: RawText | None = None,
@@ -107,11 +107,6 @@ class TranslationData(L.LightningDataModule):
         bpe: str = "@@ ",
     ) -> None:
         super().__init__()
-        if root is None:
-            raise FileNotFoundError(
-                "data.root is not set: it must be the folder of "
-                + ("the raw text (train.en.gz and so on)." if text else "what fairseq-preprocess wrote.")
-            )
         self.root = Path(root).expanduser().absolute()
         self.source = source
         self.target = target
@@ -134,25 +129,30 @@ class TranslationData(L.LightningDataModule):
         """Binarize raw text; Lightning calls this on one process of each machine, while the others wait."""
         if self.text is not None:
             self.text.binarize(self.root, self.source, self.target)
+        self._check_files()
 
     @property
     def task(self) -> TranslationTask:
         """Fairseq's task, with the dictionaries."""
         if self._task is None:
-            folder, pair = self.folder, f"{self.source}-{self.target}"
-            names = [f"dict.{language}.txt" for language in (self.source, self.target)]
-            names += [f"{split}.{pair}.{self.source}.idx" for split in ("train", "valid", "test")]
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"No {', '.join(missing)} in {folder}. Set data.root to a folder that was made with: "
-                    f"fairseq-preprocess --source-lang {self.source} --target-lang {self.target} --joined-dictionary "
-                    "--trainpref TRAIN --validpref VALID --testpref TEST --destdir FOLDER, where TRAIN and so on are "
-                    f"tokenized text after byte-pair encoding, without the ending .{self.source} or .{self.target}. "
-                    "examples/scaling_nmt in fairseq's repository says where to get that of WMT'16 English-German."
-                )
-            self._task = TranslationTask.setup_task(translation_config(str(folder), self.source, self.target))
+            self._check_files()
+            config = translation_config(str(self.folder), self.source, self.target)
+            self._task = TranslationTask.setup_task(config)
         return self._task
+
+    def _check_files(self) -> None:
+        folder, pair = self.folder, f"{self.source}-{self.target}"
+        names = [f"dict.{language}.txt" for language in (self.source, self.target)]
+        names += [f"{split}.{pair}.{self.source}.idx" for split in ("train", "valid", "test")]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"No {', '.join(missing)} in {folder}. Set data.root to a folder that was made with: "
+                f"fairseq-preprocess --source-lang {self.source} --target-lang {self.target} --joined-dictionary "
+                "--trainpref TRAIN --validpref VALID --testpref TEST --destdir FOLDER, where TRAIN and so on are "
+                f"tokenized text after byte-pair encoding, without the ending .{self.source} or .{self.target}. "
+                "examples/scaling_nmt in fairseq's repository says where to get that of WMT'16 English-German."
+            )
 
     def setup(self, stage: str) -> None:
         """Open the data of a stage; they stay on disk and are mapped into memory."""

@@ -48,6 +48,7 @@ class Translation(L.LightningModule):
 
     Example:
         >>> model = Translation("transformer_iwslt_de_en", torch.optim.Adam, settings={"dropout": 0.3})
+        >>> model = Translation.load_from_checkpoint("last.ckpt", optimizer=torch.optim.Adam)
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Translation(L.LightningModule):
         val_beam: int | None = 1,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "schedule"], logger=False)
         self.architecture = architecture
         self.optimizer = optimizer
         self.schedule = schedule
@@ -106,12 +108,11 @@ class Translation(L.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.schedule is None:
             return optimizer
-        batches = len(self.data.train_dataloader())
-        schedule = self.schedule(
-            optimizer,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            steps_per_epoch=batches / self.trainer.accumulate_grad_batches,
-        )
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError("The schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        schedule = self.schedule(optimizer, total_steps=int(total), steps_per_epoch=per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
