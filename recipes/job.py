@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_slowmo
@@ -52,12 +53,15 @@ def run(config: DictConfig) -> Record | None:
         _convert_="all",
     )
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config))
+        logger.log_hyperparams({**OmegaConf.to_container(config), "versions": versions()})
     trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     fitted = dict(trainer.callback_metrics)
     steps, epochs = trainer.global_step, trainer.current_epoch
     sent = float(trainer.strategy.reduce(torch.tensor(megabytes_sent(trainer), device=trainer.strategy.root_device)))
     tested = trainer.test(model, datamodule=data, verbose=False)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of this process would be logged as more of this one
     if not trainer.is_global_zero:
         return None
     metrics = {name: float(value) for name, value in [*fitted.items(), *(tested[0] if tested else {}).items()]}
