@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", ".*'pin_memory' argument is set as true but no
 
 
 class Batches:
-    """A fairseq epoch iterator as Lightning wants a loader: sized, and resumed where it was.
+    """A fairseq epoch iterator as Lightning wants a loader: sized, and with the right epoch.
 
     fairseq deals the batches of an epoch out to the workers in turn and fills the last turn up with empty batches.
     For training that turn is left out: each worker has equally many batches, none of them empty, and which sentences
@@ -33,15 +33,16 @@ class Batches:
         iterator: fairseq's iterator, of this worker's shard.
         epoch: says the present epoch, counted from 0; the order of the batches depends on it. None: always the same
             order, and all sentences.
+        start: how many batches of the first epoch to leave out, for training that is resumed.
 
     Raises:
         ValueError: if training has fewer batches than workers.
     """
 
-    def __init__(self, iterator: EpochBatchIterator, epoch: Callable[[], int] | None = None) -> None:
+    def __init__(self, iterator: EpochBatchIterator, epoch: Callable[[], int] | None = None, start: int = 0) -> None:
         self.iterator = iterator
         self.epoch = epoch
-        self.position = self.start = 0
+        self.start = self.position = start
         if len(self) == 0:
             raise ValueError(
                 f"{len(iterator.frozen_batches)} batches are too few for {iterator.num_shards} workers. Lower "
@@ -63,14 +64,6 @@ class Batches:
         for batch in islice(batches, len(self) - start):
             self.position += 1
             yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch have been handed out; the same on all workers."""
-        return {"position": self.position % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after so many batches."""
-        self.start = state["position"]
 
 
 class TranslationData(L.LightningDataModule):
@@ -118,6 +111,8 @@ class TranslationData(L.LightningDataModule):
         self.seed = seed
         self.bpe = bpe
         self._task: TranslationTask | None = None
+        self._train: Batches | None = None
+        self._start = 0
         self._moses = sacremoses.MosesDetokenizer(target)
 
     @property
@@ -161,7 +156,21 @@ class TranslationData(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         """This worker's shard of the training data."""
-        return Batches(self._iterator("train", self.max_tokens), epoch=lambda: self.trainer.current_epoch)
+        iterator = self._iterator("train", self.max_tokens)
+        self._train = Batches(iterator, epoch=lambda: self.trainer.current_epoch, start=self._start)
+        self._start = 0
+        return self._train
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch have been trained on; the same on all workers."""
+        # Lightning asks loaders for a state too, but gives it back too late where a schedule wants the total steps.
+        done = self._train.position if self._train is not None else 0
+        return {"position": done if done < self.trainer.num_training_batches else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume in the middle of an epoch."""
+        if self.trainer.state.fn == "fit":
+            self._start = state["position"]
 
     def val_dataloader(self) -> Batches:
         """This worker's shard of the validation data."""

@@ -195,7 +195,8 @@ class Translation(L.LightningModule):
         logged["perplexity"] = 2 ** logged["nll"]
         if name == "test" or self.val_beam:
             logged["bleu"] = self._bleu(split)
-        self.log_dict({f"{name}/{key}": value for key, value in logged.items()}, prog_bar=name == "val")
+        values = {f"{name}/{key}": value for key, value in logged.items()}
+        self.log_dict(values, prog_bar=name == "val", sync_dist=True)  # equal everywhere; Lightning warns without
 
     def _bleu(self, split: str) -> float:
         """SacreBLEU of all workers' translations; sentences that were not translated (a short test) do not count."""
