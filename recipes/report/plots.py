@@ -16,16 +16,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from recipes.report.runs import Group, Problem, spread
+from recipes.report.runs import EVERY_STEP, Group, Problem, spread
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows."""
 
 MOST_LINES = 8
 """More curves than that cannot be told apart: then each strategy's best stands for it."""
-
-EVERY_STEP = ("ddp", "allreduce")
-"""Strategies that others are measured against: grey, and a level line in sweeps."""
 
 INK = "#010203"
 """Stands for the text's colour, which in a page is the reader's."""
@@ -185,7 +182,7 @@ def _curve_plot(
             look = looks[group]
             # What others are measured against is broad, so that it is seen below a line that does the same.
             axes.plot(xs, ys, color=look.colour, linestyle=look.dashes, label=problem.name(group),
-                      linewidth=3.2 if group.base in EVERY_STEP else 1.8,
+                      linewidth=3.2 if group.record.label in EVERY_STEP else 1.8,
                       marker=look.marker if len(xs) <= 30 else "", markersize=3.5)  # fmt: skip
             low, high = ([y + sign * band for y, band in zip(ys, bands, strict=True)] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=look.colour, alpha=0.12, linewidth=0)
@@ -246,14 +243,14 @@ def _references(problem: Problem, lines: dict[str, list[Group]]) -> Iterable[Gro
 
 
 def _looks(groups: Sequence[Group]) -> dict[Group, Look]:
-    """A colour for each base; without SlowMo dashed, with it solid; several of a label from dark to light."""
+    """A colour for each base; without SlowMo dashed, with it solid; several of a kind from dark to light."""
     bases = list(dict.fromkeys(g.base for g in groups if g.base not in EVERY_STEP))
     looks = {}
     for group in groups:
-        same = [other for other in groups if other.record.label == group.record.label]
+        same = [other for other in groups if (other.base, other.slow) == (group.base, group.slow)]
         light = 0.65 * same.index(group) / len(same)
         if group.base in EVERY_STEP:
-            colour, dashes, marker = "#808080", (0, (1, 1.5)), "s"
+            colour, dashes, marker = "#808080", "-" if group.slow else (0, (1, 1.5)), "s"
         else:
             place = bases.index(group.base)
             both = any(other.base == group.base and other.slow != group.slow for other in groups)

@@ -27,7 +27,10 @@ SWEPT = ("sync_every", "slow_momentum")
 
 _UNCOUNTED_GROUPS = ("logger", "callbacks", "hydra")
 _NUMBERS = {f"strategy.algorithm.{name}" for name in SWEPT}
-_ORDER = ("ddp", *PRESETS)
+EVERY_STEP = ("ddp", "allreduce")
+"""Strategies that do the same, and that others are measured against."""
+
+_ORDER = (*EVERY_STEP, *PRESETS)
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,15 @@ class Group:
     @property
     def base(self) -> str:
         """The strategy without SlowMo."""
-        return without_slowmo(self.record.label)
+        label = self.record.label
+        if label != "slowmo":
+            return label.removeprefix("slowmo_")
+        return "allreduce" if "base=AllReduce(" in self.record.algorithm else "local_sgd"
 
     @property
     def slow(self) -> bool:
-        """Whether the strategy is one with SlowMo."""
-        return self.base != self.record.label
+        """Whether the strategy has slow momentum."""
+        return self.base != self.record.label and self.record.slow_momentum != 0
 
     def average(self, name: str) -> float:
         """The mean over the runs of one of the record's numbers."""
@@ -132,13 +138,6 @@ def spread(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def without_slowmo(label: str) -> str:
-    """The name of a strategy without SlowMo: itself if it has none."""
-    if label == "slowmo":
-        return "local_sgd"
-    return label.removeprefix("slowmo_")
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -256,9 +255,8 @@ def _stem(group: Group) -> str:
     record = group.record
     if record.experiment is None:
         return record.label
-    leaf = record.experiment.rpartition("/")[2]
     swapped = any(override.startswith("strategy=") for override in record.overrides)
-    return f"{leaf}, {record.label}" if swapped else leaf
+    return record.label if swapped else record.experiment.rpartition("/")[2]
 
 
 def _short(setting: str) -> str:

@@ -10,7 +10,7 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
-from recipes.report.runs import Group, Problem, shorten_path
+from recipes.report.runs import EVERY_STEP, Group, Problem, shorten_path
 
 MISSING = "–"
 
@@ -72,7 +72,8 @@ def slowmo_lines(problem: Problem) -> list[str]:
     for slow in problem.groups:
         if not slow.slow:
             continue
-        bases = [group for group in problem.groups if group.record.label == slow.base and _comparable(group, slow)]
+        names = EVERY_STEP if slow.base in EVERY_STEP else (slow.base,)
+        bases = [group for group in problem.groups if group.record.label in names and _comparable(group, slow)]
         lines += [f"{problem.name(slow)} against {problem.name(base)}: {_verdict(base, slow)}" for base in bases]
     return lines
 
@@ -111,8 +112,8 @@ def paper_lines(problem: Problem) -> list[str]:
         paper = group.record.paper
         if not paper:
             continue
-        parts = [f"{problem.name(group)}: {paper.get('title')} (arXiv:{paper.get('arxiv')}), {paper.get('table')}, "
-                 f"{paper.get('row')}"]  # fmt: skip
+        place = ", ".join(filter(None, [paper.get("table"), paper.get("row")]))
+        parts = [f"{problem.name(group)}: {paper.get('title')} (arXiv:{paper.get('arxiv')}), {place}"]
         value = paper_value(group)
         parts.append("the paper's figure is unknown" if value is None else f"{value} {paper.get('unit') or ''}".strip())
         if paper.get("unstated"):

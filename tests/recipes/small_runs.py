@@ -37,4 +37,4 @@ def _train(rank: int, runs: dict[str, list[str]]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for folder, overrides in runs.items():
         Path(folder).mkdir(parents=True, exist_ok=True)
-        job.run(configuration(Path(folder), ["trainer.enable_progress_bar=false", *overrides]))
+        job.run(configuration(Path(folder), [*overrides, "trainer.enable_progress_bar=false"]))
