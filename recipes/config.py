@@ -15,16 +15,27 @@ from omegaconf import DictConfig, OmegaConf
 SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
-def check(config: DictConfig) -> None:
+OWN = {"seed": int, "metric": str, "mode": typing.Literal["max", "min"], "ckpt_path": str | None}
+"""Types of the values of ``conf/train.yaml`` that belong to no group."""
+
+
+def check(config: DictConfig, groups: Sequence[str] | None = None) -> None:
     """Look at every ``_target_`` of a configuration: does it take these arguments, and of these types?
 
     Args:
         config: a composed configuration.
+        groups: look at these alone; None: at all of it.
 
     Raises:
         ValueError: names the first key that is unknown or has a value of the wrong type, and what is allowed.
     """
-    _check(OmegaConf.to_container(config, resolve=True), "")
+    if groups is None:
+        values = OmegaConf.to_container(config, resolve=True)
+        for name, hint in OWN.items():
+            _check_value(name, values[name], hint)
+    else:
+        values = {name: OmegaConf.to_container(config[name], resolve=True) for name in groups}
+    _check(values, "")
 
 
 def _check(node: Any, path: str) -> None:
@@ -68,6 +79,8 @@ def _check_value(key: str, value: Any, hint: Any) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a plain value may stand for a type. What is built from a ``_target_`` is left to its taker."""
+    if hint is Any:
+        return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, dict):
         return "_target_" in value or hint not in (bool, int, float, str)
