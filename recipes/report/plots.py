@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from recipes.report.runs import EVERY_STEP, Group, Problem, spread
+from recipes.report.runs import EVERY_STEP, Group, Problem, spread, with_unit
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows."""
@@ -196,7 +196,7 @@ def _curve_plot(
             axes.set_xlabel(f"{label} (log scale)")
         else:
             axes.set_xlabel(label)
-        axes.set_ylabel(_with_unit(metric))
+        axes.set_ylabel(with_unit(metric))
 
     return plot
 
@@ -229,7 +229,7 @@ def _sweep_plot(problem: Problem, lines: dict[str, list[Group]], name: str, labe
             dashes = (0, (1, 1.5)) if group.record.label in EVERY_STEP else (0, (5, 2))
             axes.axhline(group.mean, color="#808080", linestyle=dashes, linewidth=1.6, label=problem.name(group))
         axes.set_xlabel(label)
-        axes.set_ylabel(_with_unit(problem.record.metric))
+        axes.set_ylabel(with_unit(problem.record.metric))
 
     return plot
 
@@ -259,10 +259,6 @@ def _looks(groups: Sequence[Group]) -> dict[Group, Look]:
         red, green, blue = (part + (1 - part) * light for part in to_rgb(colour))
         looks[group] = Look(f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", dashes, marker)
     return looks
-
-
-def _with_unit(metric: str) -> str:
-    return f"{metric}, %" if metric.endswith("accuracy") else metric
 
 
 def _picture(name: str, caption: str, plot: Callable[[Axes], None]) -> Picture:

@@ -25,11 +25,11 @@ NOT_SETTINGS = (
 SWEPT = ("sync_every", "slow_momentum")
 """Numbers of a record that sweeps are over."""
 
-_UNCOUNTED_GROUPS = ("logger", "callbacks", "hydra")
-_NUMBERS = {f"strategy.algorithm.{name}" for name in SWEPT}
 EVERY_STEP = ("ddp", "allreduce")
 """Strategies that do the same, and that others are measured against."""
 
+_UNCOUNTED_GROUPS = ("logger", "callbacks", "hydra")
+_NUMBERS = {f"strategy.algorithm.{name}" for name in SWEPT}
 _ORDER = (*EVERY_STEP, *PRESETS)
 
 
@@ -138,6 +138,11 @@ def spread(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def with_unit(metric: str) -> str:
+    """A measure as a table's or an axis's heading."""
+    return f"{metric}, %" if metric.endswith("accuracy") else metric
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:

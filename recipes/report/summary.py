@@ -10,7 +10,7 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
-from recipes.report.runs import EVERY_STEP, Group, Problem, shorten_path
+from recipes.report.runs import EVERY_STEP, Group, Problem, shorten_path, with_unit
 
 MISSING = "–"
 
@@ -19,7 +19,7 @@ def head(problem: Problem) -> list[str]:
     """The table's first line."""
     paper = ["paper"] if any(paper_value(group) is not None for group in problem.groups) else []
     sent = "MB sent per worker"
-    return ["run", problem.record.metric, *paper, sent, "ms per step", "steps", "workers", "seeds"]
+    return ["run", with_unit(problem.record.metric), *paper, sent, "ms per step", "steps", "workers", "seeds"]
 
 
 def rows(problem: Problem) -> list[list[str]]:
@@ -106,20 +106,20 @@ def order_lines(problem: Problem) -> list[str]:
 
 
 def paper_lines(problem: Problem) -> list[str]:
-    """Which row of which paper each group stands for, and what that paper leaves unstated."""
-    lines = []
+    """For each paper what it leaves unstated, then which of its rows each group stands for."""
+    papers: dict[str, list[str]] = {}
     for group in problem.groups:
         paper = group.record.paper
         if not paper:
             continue
-        place = ", ".join(filter(None, [paper.get("table"), paper.get("row")]))
-        parts = [f"{problem.name(group)}: {paper.get('title')} (arXiv:{paper.get('arxiv')}), {place}"]
-        value = paper_value(group)
-        parts.append("the paper's figure is unknown" if value is None else f"{value} {paper.get('unit') or ''}".strip())
+        about = f"{paper.get('title')} (arXiv:{paper.get('arxiv')})."
         if paper.get("unstated"):
-            parts.append(f"not stated there: {', '.join(paper['unstated'])}")
-        lines.append("; ".join(parts) + ".")
-    return lines
+            about += f" Not stated there: {'; '.join(paper['unstated'])}."
+        place = ", ".join(filter(None, [paper.get("table"), paper.get("row")]))
+        value = paper_value(group)
+        figure = "its figure is unknown" if value is None else f"{value} {paper.get('unit') or ''}".strip()
+        papers.setdefault(about, []).append(f"{problem.name(group)} stands for {place}: {figure}.")
+    return [line for about, rows in papers.items() for line in (about, *rows)]
 
 
 def commands(problem: Problem) -> list[str]:

@@ -18,7 +18,12 @@ from recipes.job import versions
 from tests.recipes.small_runs import CONF, configuration, run_all
 
 PAPER = {"title": "SlowMo", "arxiv": "1910.00643", "table": "Table 1", "row": "a test", "value": 93.2, "unit": "%"}
-SETTINGS = ["strategy=slowmo", "strategy.algorithm.sync_every=5", "trainer.max_epochs=1", "trainer.limit_train_batches=23"]
+SETTINGS = [
+    "strategy=slowmo",
+    "strategy.algorithm.sync_every=5",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=23",
+]
 
 
 def read_wandb(path):
@@ -134,7 +139,9 @@ def test_the_sweep_of_wandb_makes_command_lines_that_hydra_takes():
     for pick in (0, -1):
         chosen = {name: {"value": values["values"][pick]} for name, values in sweep["parameters"].items()}
         appended = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
-        words = [word for each in sweep["command"][4:] for word in (appended if each == "${args_no_hyphens}" else [each])]
+        words = [
+            word for each in sweep["command"][4:] for word in (appended if each == "${args_no_hyphens}" else [each])
+        ]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", words)
         assert config.metric == sweep["metric"]["name"]
