@@ -366,10 +366,31 @@ def test_references_come_from_the_tokens_where_there_is_no_raw_text(folder):
     assert data.references("test") == raw
 
 
+def test_importing_fairseq_leaves_hydra_and_logging_as_they_were():
+    code = """
+import logging, warnings
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+before = sorted(ConfigStore.instance().repo), logging.getLogger().handlers[:], logging.getLogger().level
+import recipes.translation
+assert before == (sorted(ConfigStore.instance().repo), logging.getLogger().handlers, logging.getLogger().level)
+warnings.simplefilter("error")
+with initialize_config_dir(CONF, version_base="1.3"):
+    print(compose("train", ["optimizer=adam"]).optimizer._target_)
+"""
+    command = [sys.executable, "-c", code.replace("CONF", repr(str(CONF)))]
+    path = {"PYTHONPATH": str(CONF.parent)}
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.optim.Adam\n"
+
+
 def test_without_fairseq_there_is_one_clear_error(tmp_path):
     (tmp_path / "fairseq.py").write_text("raise ImportError('gone', name='fairseq')")
     command = [sys.executable, "-c", "import recipes.translation"]
     paths = os.pathsep.join([str(tmp_path), str(CONF.parent)])
-    failed = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60)
+    failed = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
+    )
     assert failed.returncode == 1
     assert "'fairseq' cannot be imported. Install them with: pip install" in failed.stderr.splitlines()[-1]
