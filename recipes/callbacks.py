@@ -33,7 +33,7 @@ class Progress(L.Callback):
         """Log beside what was validated."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             values = {"progress/seconds": self.seconds, "progress/mb_sent": megabytes_sent(trainer)}
-            self.log_dict(values, sync_dist=True)
+            pl_module.log_dict(values, sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the clock go on."""

@@ -29,6 +29,7 @@ def check(config: DictConfig, groups: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: names the first key that is unknown or has a value of the wrong type, and what is allowed.
     """
+    values: Any
     if groups is None:
         values = OmegaConf.to_container(config, resolve=True)
         for name, hint in OWN.items():

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_slowmo
+from lightning_slowmo import SlowMoStrategy
 from recipes.callbacks import Progress, megabytes_sent
 from recipes.record import Record
 
@@ -31,8 +33,8 @@ def run(config: DictConfig) -> Record | None:
     Raises:
         ValueError: if the metric was not logged; lists those that were.
     """
-    for package in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)  # the last import of them logs for both
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*is deprecated.*")
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
@@ -42,32 +44,22 @@ def run(config: DictConfig) -> Record | None:
         schedule=instantiate(config.schedule, _convert_="all"),
         _convert_="all",
     )
-    callbacks = [instantiate(each, _convert_="all") for each in (config.callbacks or {}).values()]
-    loggers = [instantiate(each, _convert_="all") for each in (config.logger or {}).values()]
-    trainer = instantiate(
-        config.trainer,
-        strategy=instantiate(config.strategy, _convert_="all"),
-        callbacks=callbacks,
-        logger=loggers or False,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        _convert_="all",
-    )
-    for logger in loggers:
-        logger.log_hyperparams({**OmegaConf.to_container(config), "versions": versions()})
+    trainer = make_trainer(config)
+    settings: Any = OmegaConf.to_container(config)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**settings, "versions": versions()})
     trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
-    fitted = dict(trainer.callback_metrics)
-    steps, epochs = trainer.global_step, trainer.current_epoch
-    sent = float(trainer.strategy.reduce(torch.tensor(megabytes_sent(trainer), device=trainer.strategy.root_device)))
-    tested = trainer.test(model, datamodule=data, verbose=False)
-    for logger in loggers:
+    measured = measure(trainer)
+    metrics = dict(trainer.callback_metrics)
+    trainer.test(model, datamodule=data, verbose=False)
+    metrics |= trainer.callback_metrics
+    for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # or the next run of this process would be logged as more of this one
     if not trainer.is_global_zero:
         return None
-    metrics = {name: float(value) for name, value in [*fitted.items(), *(tested[0] if tested else {}).items()]}
     if config.metric not in metrics:
         raise ValueError(f"metric={config.metric} was not logged. There are: {', '.join(sorted(metrics))}.")
-    seconds = sum(callback.seconds for callback in callbacks if isinstance(callback, Progress))
     algorithm = getattr(trainer.strategy, "algorithm", None)
     about = config.run
     record = Record(
@@ -80,21 +72,46 @@ def run(config: DictConfig) -> Record | None:
         seed=config.seed,
         metric=config.metric,
         mode=config.mode,
-        value=metrics[config.metric],
-        steps=steps,
-        epochs=epochs,
-        workers=trainer.world_size,
-        seconds=round(seconds, 3),
-        ms_per_step=round(1000 * seconds / max(1, steps), 3),
-        mb_sent=sent,
+        value=float(metrics[config.metric]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sync_every=getattr(algorithm, "sync_every", None),
         slow_momentum=getattr(algorithm, "slow_momentum", None),
         versions=versions(),
-        paper=OmegaConf.to_container(config.paper) if config.paper else None,
+        paper=settings["paper"],
+        **measured,
     )
     record.write(about.folder)
     return record
+
+
+def make_trainer(config: DictConfig) -> L.Trainer:
+    """The Trainer with its strategy, callbacks and loggers; it makes checkpoints if a callback does."""
+    callbacks = [instantiate(each, _convert_="all") for each in (config.callbacks or {}).values()]
+    loggers = [instantiate(each, _convert_="all") for each in (config.logger or {}).values()]
+    return instantiate(
+        config.trainer,
+        strategy=instantiate(config.strategy, _convert_="all"),
+        callbacks=callbacks,
+        logger=loggers or False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        _convert_="all",
+    )
+
+
+def measure(trainer: L.Trainer) -> dict[str, Any]:
+    """What a fit took, under the names of the record. Called on all workers together: bytes are a mean over them."""
+    strategy: Any = trainer.strategy
+    sent = strategy.reduce(torch.tensor(megabytes_sent(trainer), device=strategy.root_device), reduce_op="mean")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    seconds = sum(float(callback.seconds) for callback in callbacks if isinstance(callback, Progress))
+    return {
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "workers": strategy.workers.size if isinstance(strategy, SlowMoStrategy) else trainer.world_size,
+        "seconds": round(seconds, 3),
+        "ms_per_step": round(1000 * seconds / max(1, trainer.global_step), 3),
+        "mb_sent": round(float(sent), 6),
+    }
 
 
 def versions() -> dict[str, str | None]:

@@ -43,7 +43,7 @@ def main(config: DictConfig) -> float | None:
         FileNotFoundError: if data is missing.
     """
     configuration.check(config)
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    config = DictConfig(OmegaConf.to_container(config, resolve=True))
     if started_outside():
         record = job.run(config)
         return record.value if record is not None else None

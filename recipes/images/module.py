@@ -73,7 +73,7 @@ class ImageClassifier(L.LightningModule):
         }
         self.log_dict(values, on_epoch=True, sync_dist=True, batch_size=len(labels), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over all steps of the training."""
         optimizer = self.make_optimizer(self._groups())
         total = self.trainer.estimated_stepping_batches
