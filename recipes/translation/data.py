@@ -128,7 +128,7 @@ class TranslationData(L.LightningDataModule):
 
     @property
     def task(self) -> TranslationTask:
-        """Fairseq's task, with the dictionaries."""
+        """What fairseq calls a task: the dictionaries and the data that are open."""
         if self._task is None:
             self._check_files()
             config = translation_config(str(self.folder), self.source, self.target)

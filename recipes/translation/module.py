@@ -117,8 +117,7 @@ class Translation(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the dictionaries, without which the weights mean nothing."""
-        dictionaries = {"source": self.task.source_dictionary, "target": self.task.target_dictionary}
-        checkpoint["dictionaries"] = {side: dictionary_text(words) for side, words in dictionaries.items()}
+        checkpoint["dictionaries"] = dictionary_texts(self.task)
         checkpoint["languages"] = {"source": self.task.cfg.source_lang, "target": self.task.cfg.target_lang}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -128,8 +127,8 @@ class Translation(L.LightningModule):
             source, target = (Dictionary.load(StringIO(texts[side])) for side in ("source", "target"))
             config = translation_config("", languages["source"], languages["target"])
             self._build(TranslationTask(config, source, target))
-        elif texts["target"] != dictionary_text(self.task.target_dictionary):
-            raise ValueError("The checkpoint was trained with another dictionary than that of the data.")
+        elif texts != dictionary_texts(self.task):
+            raise ValueError(f"The checkpoint was trained with other dictionaries than those in {self.data.folder}.")
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -162,9 +161,8 @@ class Translation(L.LightningModule):
         self._sums += torch.stack([logged["loss"], logged["nll_loss"], logged["loss"].new_tensor(tokens)]).double()
         if differently is not None:
             best = self.translate(batch, **differently)
-            self._translations += [
-                (int(i), self.data.decode(tokens)) for i, tokens in zip(batch["id"], best, strict=True)
-            ]
+            texts = map(self.data.decode, best)
+            self._translations += zip(batch["id"].tolist(), texts, strict=True)
 
     def translate(self, batch: dict[str, Any], **generation: Any) -> list[Tensor]:
         """The best translations of a batch, as tokens on the CPU.
@@ -199,7 +197,7 @@ class Translation(L.LightningModule):
         self.log_dict(values, prog_bar=name == "val", sync_dist=True)  # equal everywhere; Lightning warns without
 
     def _bleu(self, split: str) -> float:
-        """SacreBLEU of all workers' translations; sentences that were not translated (a short test) do not count."""
+        """BLEU of all workers' translations; sentences that were not translated (in a short test) do not count."""
         translations = dict(gather(self._translations))
         references = self.data.references(split)
         chosen = sorted(translations)
@@ -224,8 +222,9 @@ def gather(items: list[Any]) -> list[Any]:
     return [item for worker in everyone for item in worker]
 
 
-def dictionary_text(dictionary: Dictionary) -> str:
-    """A dictionary as fairseq writes it to a file."""
-    text = StringIO()
-    dictionary.save(text)
-    return text.getvalue()
+def dictionary_texts(task: TranslationTask) -> dict[str, str]:
+    """The dictionaries as fairseq writes them to files."""
+    texts = {"source": StringIO(), "target": StringIO()}
+    task.source_dictionary.save(texts["source"])
+    task.target_dictionary.save(texts["target"])
+    return {side: text.getvalue() for side, text in texts.items()}

@@ -171,8 +171,16 @@ def work(rank: int, folder: str) -> dict[str, Any]:
         a.tolist() == b.tolist() for a, b in zip(opened.translate(batch), network.translate(batch), strict=True)
     ]
 
+    # Other dictionaries are refused.
+    network, data, trainer = build(folder, slowmo())
+    data.text = RawText(merges=10, cache=f"{folder}/other")
+    try:
+        trainer.fit(network, datamodule=data, ckpt_path=f"{folder}/last.ckpt")
+    except ValueError as error:
+        result["other dictionaries"] = str(error)
+
     # Beam search leaves nothing behind in the network that is trained on.
-    network.train()
+    network = opened.train()
     before = network.criterion(network.network, batch)[0].item()
     network.translate(batch, beam=4)
     result["loss around beam search"] = (before, network.criterion(network.network.train(), batch)[0].item())
@@ -265,6 +273,7 @@ def test_a_checkpoint_has_its_dictionaries(workers):
     for worker in workers:
         assert worker["opened"]
         assert all(worker["opened"])
+        assert "trained with other dictionaries than those in" in worker["other dictionaries"]
 
 
 def test_translating_does_not_change_what_is_trained(workers):
