@@ -2,9 +2,9 @@
 
 import csv
 import math
+import re
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 def read_wandb(path):
-    """The records of a W&B file: a LevelDB log of protobuf messages. No longer a part of wandb itself, but its format."""
+    """The records of a W&B file: a LevelDB log of wandb's own protobuf messages; wandb reads it in Go alone."""
     content = path.read_bytes()
     assert content[:4] == b":W&B"
     place, size, message = 7, 32768, b""
@@ -98,7 +98,8 @@ def test_wandb_knows_the_configuration_the_code_and_the_paper(records):
     assert config["strategy"]["algorithm"]["sync_every"] == 5
     assert config["seed"] == 4
     assert config["paper"] == PAPER
-    assert config["versions"] == versions()
+    assert config["versions"] == versions() | {"code": config["versions"]["code"]}
+    assert re.fullmatch("[0-9a-f]{40}", config["versions"]["code"] or "0" * 40)  # null outside a repository
     assert config["run"]["strategy"] == "slowmo"
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.run_group, list(run.tags)) == ("lightning-slowmo", "tests", ["slowmo", "digits", "mlp"])
