@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import lightning_slowmo
 from lightning_slowmo import SlowMoStrategy
-from recipes.callbacks import Progress, megabytes_sent
+from recipes.callbacks import Progress
 from recipes.record import Record
 
 
@@ -101,15 +101,15 @@ def make_trainer(config: DictConfig) -> L.Trainer:
 def measure(trainer: L.Trainer) -> dict[str, Any]:
     """What a fit took, under the names of the record. Called on all workers together: bytes are a mean over them."""
     strategy: Any = trainer.strategy
-    sent = strategy.reduce(torch.tensor(megabytes_sent(trainer), device=strategy.root_device), reduce_op="mean")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    seconds = sum(float(callback.seconds) for callback in callbacks if isinstance(callback, Progress))
+    progress = next((each for each in callbacks if isinstance(each, Progress)), Progress())
+    sent = strategy.reduce(torch.tensor(progress.megabytes(trainer), device=strategy.root_device), reduce_op="mean")
     return {
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
         "workers": strategy.workers.size if isinstance(strategy, SlowMoStrategy) else trainer.world_size,
-        "seconds": round(seconds, 3),
-        "ms_per_step": round(1000 * seconds / max(1, trainer.global_step), 3),
+        "seconds": round(progress.seconds, 3),
+        "ms_per_step": round(1000 * progress.seconds / max(1, trainer.global_step), 3),
         "mb_sent": round(float(sent), 6),
     }
 

@@ -22,7 +22,7 @@ from recipes import config as configuration_check
 from recipes import job, schedules, train
 from recipes.record import Record
 from tests.harness import run_trainers
-from tests.recipes.small_runs import CONF, configuration
+from tests.recipes.small_runs import CONF, configuration, run_all
 
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=4", "trainer.enable_progress_bar=false"]
 
@@ -196,6 +196,26 @@ def test_processes_of_torchrun_are_the_workers_and_the_first_returns_the_metric(
     assert value == record.value
     assert (record.workers, record.label) == (2, "ddp")
     assert record.mb_sent == pytest.approx(4 * 4 * record.parameters / 1e6)  # a ring of two sends each gradient once
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("strategy", ["slowmo", "ddp"])
+def test_a_resumed_run_goes_on_and_so_does_what_it_measures(strategy, tmp_path):
+    once = [f"strategy={strategy}", "trainer.limit_train_batches=4", "callbacks=checkpoint"]
+    once += ["strategy.algorithm.sync_every=2"] if strategy == "slowmo" else []
+    first, resumed, whole = (tmp_path / name for name in ("first", "resumed", "whole"))
+    runs = {
+        first: [*once, "trainer.max_epochs=1"],
+        resumed: [*once, "trainer.max_epochs=2", f"ckpt_path={first}/checkpoints/last.ckpt"],
+        whole: [*once, "trainer.max_epochs=2"],
+    }
+    run_all(runs)
+    records = {folder: Record.read(folder) for folder in runs}
+    assert [records[folder].steps for folder in runs] == [4, 8, 8]
+    kept = torch.load(first / "checkpoints" / "last.ckpt", weights_only=False)["progress"]
+    assert 0 < kept["seconds"] < records[resumed].seconds
+    # what ended the first run (SlowMo's last mean) comes after its checkpoint
+    assert records[resumed].mb_sent == pytest.approx(records[whole].mb_sent, rel=0.02)
 
 
 @pytest.mark.processes
