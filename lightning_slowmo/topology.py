@@ -255,6 +255,17 @@ class Topology(ABC):
             raise ValueError(f"{self.name} cannot connect {workers} workers: it takes {self.sizes}, or 1 alone")
         return self._schedule(workers) if workers > 1 else Schedule([np.eye(1)])
 
+    def traffic(self, workers: int) -> Traffic:
+        """How many messages each of that many workers sends in a step: what the schedule says, if need be without it.
+
+        Args:
+            workers: The world size, at least 1.
+
+        Raises:
+            ValueError: This topology cannot connect that many workers.
+        """
+        return self.on(workers).traffic
+
 
 @dataclass(frozen=True)
 class Named(Topology):
@@ -282,6 +293,18 @@ class Named(Topology):
     def _schedule(self, workers: int) -> Schedule:
         return Schedule(mixing_matrix(graph, self.mixing) for graph in _GRAPHS[self.name](workers))
 
+    def traffic(self, workers: int) -> Traffic:
+        """Counted on the graphs, as the matrices of ten thousand workers would not fit into memory."""
+        if workers == 1 or not self.supports(workers):
+            return super().traffic(workers)
+        sent = np.array(
+            [
+                [degree for _, degree in (graph.out_degree if graph.is_directed() else graph.degree)]
+                for graph in _GRAPHS[self.name](workers)
+            ]
+        )
+        return Traffic(int(sent.max()), float(sent.mean()))
+
 
 @dataclass(frozen=True)
 class RandomMatching(Topology):
@@ -307,6 +330,10 @@ class RandomMatching(Topology):
 
     def _schedule(self, workers: int) -> Schedule:
         return _RandomMatchings(workers, self.seed)
+
+    def traffic(self, workers: int) -> Traffic:
+        """One message; nothing from the one that sits out."""
+        return Traffic(min(1, workers - 1), workers // 2 * 2 / workers) if workers > 1 else Traffic(0, 0.0)
 
 
 @dataclass(frozen=True)
