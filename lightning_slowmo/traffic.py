@@ -146,13 +146,13 @@ def syncs(algorithm: Algorithm, layout: Layout, workers: int) -> list[Sync]:
     Raises:
         ValueError: if nobody has said here what the algorithm sends, or its topology does not fit the workers.
     """
-    raise ValueError(f"What {type(algorithm).__name__} sends is not known to the plan.")
+    raise ValueError(f"What {type(algorithm).__name__} sends is not known here.")
 
 
 @singledispatch
 def state_numel(algorithm: Algorithm, layout: Layout, workers: int) -> float:
     """Elements that a worker keeps beside parameters, gradients and the optimizer's own state; see :func:`syncs`."""
-    raise ValueError(f"What {type(algorithm).__name__} keeps is not known to the plan.")
+    raise ValueError(f"What {type(algorithm).__name__} keeps is not known here.")
 
 
 @syncs.register
