@@ -47,7 +47,15 @@ from benchmarks import images
 from benchmarks.contenders import ROWS, Setting
 from benchmarks.network import Network, Unavailable, check, enter, interface_bytes
 from lightning_slowmo.communication.probe import Link
-from lightning_slowmo.plan import DDP, Costs, measure_costs, parse_bandwidth, predict
+from lightning_slowmo.plan import (
+    DDP,
+    SECONDS_HANDLED,
+    Costs,
+    measure_costs,
+    measure_handling,
+    parse_bandwidth,
+    predict,
+)
 from lightning_slowmo.traffic import layout_of, syncs
 from tests.harness import run_trainers
 
@@ -163,8 +171,8 @@ def train(rank: int, namespaces: list[str], folder: str, job: Job, progress: Any
     return outcome
 
 
-def calibrate(rank: int, namespaces: list[str], compressors: Sequence[Any]) -> tuple[Link, dict[str, Costs]]:
-    """Bandwidth, latency, and seconds per element of each compressor, with all hosts at work at once."""
+def calibrate(rank: int, namespaces: list[str], compressors: Sequence[Any]) -> tuple[Link, dict[str, Costs], float]:
+    """The link, and seconds per element of each compressor and of a sync, with all hosts at work at once."""
     enter(namespaces[rank])
     from datetime import timedelta
 
@@ -178,7 +186,8 @@ def calibrate(rank: int, namespaces: list[str], compressors: Sequence[Any]) -> t
     link = measure_link(workers)
     workers.gather([0.0])
     costs = {repr(compressor): measure_costs(compressor) for compressor in compressors}
-    return link, costs
+    workers.gather([0.0])
+    return link, costs, measure_handling()
 
 
 # From the marks to a table --------------------------------------------------------------------------------------------
@@ -372,14 +381,14 @@ class Bench:
         bar.update()
         return outcomes
 
-    def calibrate(self, compressors: Sequence[Any]) -> tuple[Link, dict[str, Costs]]:
-        """The link, the same for all hosts, and what compressors cost, on average."""
+    def calibrate(self, compressors: Sequence[Any]) -> tuple[Link, dict[str, Costs], float]:
+        """The link, the same for all hosts, and what compressors and a sync cost, on average."""
         outcomes = self.call(calibrate, compressors, limit=120)
         costs = {}
         for name in outcomes[0][1]:
-            each = [vars(by_name[name]) for _, by_name in outcomes]
+            each = [vars(by_name[name]) for _, by_name, _ in outcomes]
             costs[name] = Costs(*(statistics.mean(c[key] for c in each) for key in ("compress", "decompress")))
-        return outcomes[0][0], costs
+        return outcomes[0][0], costs, statistics.mean(handling for _, _, handling in outcomes)
 
 
 def model_shapes() -> list[tuple[int, ...]]:
@@ -403,13 +412,19 @@ def compressors_of(names: Sequence[str], setting: Setting, hosts: int) -> list[A
 
 
 def expected_steps(
-    names: Sequence[str], setting: Setting, hosts: int, step: float, link: Link, costs: dict[str, Costs]
+    names: Sequence[str],
+    setting: Setting,
+    hosts: int,
+    step: float,
+    link: Link,
+    costs: dict[str, Costs],
+    handling: float = SECONDS_HANDLED,
 ) -> dict[str, float]:
     """Predicted seconds per step of the rows that the plan knows, and that fit the hosts."""
     shapes, predicted = model_shapes(), {}
     for name in names:
         with suppress(ValueError):
-            predicted[name] = predict(ROWS[name](setting).planned, shapes, hosts, step, link, costs).step
+            predicted[name] = predict(ROWS[name](setting).planned, shapes, hosts, step, link, costs, handling).step
     return predicted
 
 
@@ -418,8 +433,8 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
     setting, hosts = Setting(arguments.sync_every), bench.network.hosts
     base = Job("compute", setting, 0, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed)
     bar.set_description("calibrating")
-    link, costs = bench.calibrate(compressors_of(names, setting, hosts))
-    result: dict[str, Any] = {"hosts": hosts, "rate": bench.network.rate, "link": asdict(link), "costs": {}}
+    link, costs, handling = bench.calibrate(compressors_of(names, setting, hosts))
+    result: dict[str, Any] = {"hosts": hosts, "rate": bench.network.rate, "link": asdict(link), "handling": handling}
     result |= {"sync_every": setting.sync_every, "runs": arguments.runs, "batch": arguments.batch}
     result |= {"seconds": arguments.seconds, "timings": {}, "accuracy": {}, "predicted": {}}
     result["costs"] = {name: asdict(cost) for name, cost in costs.items()}
@@ -435,7 +450,7 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
             timing["bytes"].append(sent)
             if name == "compute":
                 step = statistics.median(timing["seconds"])
-                predicted = expected_steps(names, setting, hosts, step, link, costs)
+                predicted = expected_steps(names, setting, hosts, step, link, costs, handling)
     result["predicted"] = predicted
     if arguments.seconds or arguments.steps:
         for name in names:
@@ -474,7 +489,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.hosts < 2 or arguments.runs < 1 or (arguments.seconds and arguments.steps):
         parser.error("--hosts must be at least 2, --runs at least 1, and only one of --seconds and --steps be given")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the network is removed
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that the network is removed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     # Others are measured against computing alone, so that comes first.
     names = list(dict.fromkeys(["compute", *arguments.strategies]))

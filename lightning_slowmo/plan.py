@@ -10,7 +10,7 @@ message and beta the bandwidth, a communication of m messages after one another 
 
 where m and B are those of :mod:`lightning_slowmo.traffic`; a ring all-reduce of P bytes over n workers, say, has
 m = 2 (n - 1) and B = 2 (n - 1) / n P. An algorithm that communicates every k steps takes T + t / k; if the messages
-may travel behind d steps of computation, T + max(0, t - d T) / k. DDP sends a bucket of gradients as soon as the
+may travel behind d steps of computation, d T of their time is hidden. DDP sends a bucket of gradients as soon as the
 backward pass has filled it, and waits for the last one. Computation is taken to be as fast while messages travel.
 """
 
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module
 
-from lightning_slowmo.algorithms import Algorithm, LocalSGD
+from lightning_slowmo.algorithms import Algorithm, LocalSGD, SlowMo
 from lightning_slowmo.communication import Workers
 from lightning_slowmo.communication.probe import Link, measure_link
 from lightning_slowmo.compression import (
@@ -47,6 +47,7 @@ from lightning_slowmo.compression import (
     TopK,
     seeded_generator,
 )
+from lightning_slowmo.engine import Engine
 from lightning_slowmo.parameters import Scratch
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.traffic import Sync, bytes_per_step, layout_of, state_numel, syncs
@@ -57,8 +58,8 @@ BACKWARD_SHARE = 0.6
 DDP_BUCKETS = (2**20, 25 * 2**20)
 """Bytes of DDP's first bucket of gradients, and of all others."""
 
-SECONDS_HANDLED = 3e-9
-"""Seconds per element for packing, adding up, an outer step and unpacking, on one core of a server (measured)."""
+SECONDS_HANDLED = 5e-9
+"""Seconds per element for packing, an outer step and unpacking, on one core of a server (measured)."""
 
 TENSORS = 160
 """Parameters of a model of which only the size is known, all of one size; ResNet-50 has 161."""
@@ -144,6 +145,7 @@ def predict(
     step: float,
     link: Link,
     costs: Mapping[str, Costs] | None = None,
+    handling: float = SECONDS_HANDLED,
 ) -> Prediction:
     """What a way to train would take.
 
@@ -154,6 +156,7 @@ def predict(
         step: seconds of a step of one worker alone.
         link: of each worker.
         costs: of compressors, by their representation, where :data:`COSTS` is not to be used.
+        handling: seconds per element of a sync's own work, compression aside.
 
     Raises:
         ValueError: if the algorithm is not known to :mod:`lightning_slowmo.traffic`, or does not fit the workers.
@@ -164,14 +167,22 @@ def predict(
     if workers == 1:
         return Prediction(step, 0.0, 4.0 * state_numel(way, layout, 1))
     every = syncs(way, layout, workers)
-    waits = sum(max(0.0, seconds_of(sync, link, costs) - sync.behind * step) / sync.every for sync in every)
+    waits = 0.0
+    for sync in every:
+        hidden = min(transfer_seconds(sync, link), sync.behind * step)
+        waits += (transfer_seconds(sync, link) - hidden + work_seconds(sync, costs, handling)) / sync.every
     scratch = 4 * Scratch().count * max((b.numel for b in layout.buckets if not b.in_place), default=0)
     return Prediction(step + waits, bytes_per_step(every), 4 * state_numel(way, layout, workers) + scratch)
 
 
-def seconds_of(sync: Sync, link: Link, costs: Mapping[str, Costs] | None = None) -> float:
-    """Seconds that one communication takes, hidden or not."""
-    seconds = sync.messages * link.latency + 8 * sync.busiest / link.bandwidth + SECONDS_HANDLED * sync.handled
+def transfer_seconds(sync: Sync, link: Link) -> float:
+    """Seconds that the messages of a communication travel."""
+    return sync.messages * link.latency + 8 * sync.busiest / link.bandwidth
+
+
+def work_seconds(sync: Sync, costs: Mapping[str, Costs] | None = None, handling: float = SECONDS_HANDLED) -> float:
+    """Seconds of a worker's own work in a communication."""
+    seconds = handling * sync.handled
     if sync.compressor is not None:
         cost = (costs or {}).get(repr(sync.compressor)) or COSTS[type(sync.compressor)]
         seconds += cost.compress * sync.compressed + cost.decompress * sync.decompressed
@@ -283,6 +294,18 @@ def measure_costs(compressor: Compressor, numel: int = 2**20, repeats: int = 5) 
         times.append((middle - start, time.perf_counter() - middle))
     compress, decompress = (statistics.median(column) / numel for column in zip(*times[1:], strict=True))
     return Costs(compress, decompress)
+
+
+def measure_handling(numel: int = 2**21, repeats: int = 5) -> float:
+    """Seconds per element of a slow update on this processor, all but the messages: the median of some repeats."""
+    parameters = [torch.nn.Parameter(torch.zeros(numel // 8)) for _ in range(8)]
+    engine = Engine(SlowMo(sync_every=1), [torch.optim.SGD(parameters, lr=0.1)], Workers())
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        engine.after_step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / numel
 
 
 def measure_step(step: Callable[[], Any], workers: Workers, repeats: int = 10) -> float:

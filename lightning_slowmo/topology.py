@@ -45,7 +45,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import networkx as nx
@@ -297,13 +297,7 @@ class Named(Topology):
         """Counted on the graphs, as the matrices of ten thousand workers would not fit into memory."""
         if workers == 1 or not self.supports(workers):
             return super().traffic(workers)
-        sent = np.array(
-            [
-                [degree for _, degree in (graph.out_degree if graph.is_directed() else graph.degree)]
-                for graph in _GRAPHS[self.name](workers)
-            ]
-        )
-        return Traffic(int(sent.max()), float(sent.mean()))
+        return _traffic(self.name, workers)
 
 
 @dataclass(frozen=True)
@@ -409,6 +403,15 @@ _GRAPHS: dict[str, Callable[[int], list[nx.Graph]]] = {
     "one_peer_exponential": lambda n: [_hops(n, 2**k) for k in range(_rounds(n))],
     "bipartite_exponential": _bipartite_exponential,
 }
+
+
+@lru_cache(maxsize=1024)
+def _traffic(name: str, workers: int) -> Traffic:
+    """How many messages a worker sends, counted on the graphs."""
+    graphs = _GRAPHS[name](workers)
+    degrees = [[degree for _, degree in (g.out_degree if g.is_directed() else g.degree)] for g in graphs]
+    return Traffic(int(np.max(degrees)), float(np.mean(degrees)))
+
 
 _SIZES: dict[str, tuple[str, Callable[[int], bool]]] = {
     "torus": ("a number that is not prime (4, 6, 8, 9, 10, 12, ...)", lambda n: _torus_sides(n)[0] > 1),

@@ -33,6 +33,9 @@ from lightning_slowmo.topology import make
 CHUNKS_LOOKED_AT = 64
 """Of a vector cut into more chunks, so many evenly spaced ones stand for all."""
 
+TWICE = 2
+"""What SQuARM and APMSqueeze do with an element beside compressing it, in units of a plain sync (measured)."""
+
 MEETING_NUMBERS = len(Header(Reason.SYNC, pending=(0,)).numbers())
 """Numbers in the header of one optimizer."""
 
@@ -46,11 +49,12 @@ class Sync:
         sent: bytes that a worker sends, the mean over workers.
         busiest: bytes through the busiest worker's link, in the busier direction.
         messages: that wait for one another; each pays the latency.
-        handled: elements that are packed, added up and unpacked.
+        handled: elements that are packed, added up and unpacked; several times for those who do more with them.
         compressed: elements that a worker compresses.
         decompressed: elements that a worker decompresses.
         compressor: with what.
-        behind: steps of computation during which the messages may travel; 0: the worker waits for them.
+        behind: steps of computation during which the messages may travel; 0: the worker waits for them. Its own work
+            on them it does in any case.
         gradients: whether it is gradients that are exchanged, which an outer average does not replace.
     """
 
@@ -181,7 +185,9 @@ def _in_fragments(algorithm: Algorithm, head: Sync, whole: Sync) -> list[Sync]:
     period, parts = algorithm.sync_every, getattr(algorithm, "fragments", 1)  # type: ignore[attr-defined]
     sizes = ("sent", "busiest", "handled", "compressed", "decompressed")
     part = replace(whole, **{name: getattr(whole, name) / parts for name in sizes})
-    return [replace(together(period / parts, head, part), behind=getattr(algorithm, "overlap", 0))]
+    if not (steps := getattr(algorithm, "overlap", 0)):
+        return [together(period / parts, head, part)]
+    return [replace(head, every=period / parts), replace(part, every=period / parts, behind=steps)]
 
 
 def _copies_in_flight(algorithm: Algorithm) -> float:
@@ -230,8 +236,8 @@ for _kind in (SlowMo, BMUF, DiLoCo):
 
 @syncs.register
 def _(algorithm: Gossip, layout: Layout, workers: int) -> list[Sync]:
-    both = together(1, header(workers), exchange(layout, workers, algorithm.topology, algorithm.mixing))
-    return [replace(both, behind=algorithm.overlap)]
+    sends = exchange(layout, workers, algorithm.topology, algorithm.mixing)
+    return [header(workers), replace(sends, behind=algorithm.overlap)]
 
 
 @state_numel.register
@@ -264,6 +270,7 @@ def _(algorithm: QPRSGD, layout: Layout, workers: int) -> float:
 @syncs.register
 def _(algorithm: SQuARM, layout: Layout, workers: int) -> list[Sync]:
     sends = exchange(layout, workers, algorithm.topology, algorithm.mixing, algorithm.compressor)
+    sends = replace(sends, handled=TWICE * sends.handled)  # the trigger, and the mix of estimates
     return [together(algorithm.sync_every, header(workers), header(workers, 1), sends)]
 
 
@@ -275,6 +282,7 @@ def _(algorithm: SQuARM, layout: Layout, workers: int) -> float:
 @syncs.register
 def _(algorithm: APMSqueeze, layout: Layout, workers: int) -> list[Sync]:
     mean = compressed_mean(layout, workers, algorithm.compressor, "two_shot", feedback=True)
+    mean = replace(mean, handled=TWICE * mean.handled)  # momentum in and out, and the preconditioned step
     return [together(1, header(workers), header(workers, 1), mean)]
 
 

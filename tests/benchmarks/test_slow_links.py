@@ -221,7 +221,7 @@ def test_the_network_goes_when_a_worker_crashes_and_takes_leftovers_along(rights
 
 
 def command(*options: str, out: Path) -> list[str]:
-    small = ["--hosts", "2", "--runs", "1", "--budget", "1", "--sync-every", "4", "--test-images", "200"]
+    small = ["--hosts", "2", "--runs", "1", "--budget", "1", "--sync-every", "4", "--batch", "2", "--test-images", "40"]
     return [sys.executable, "-m", "benchmarks.slow_links", *small, "--out", str(out), *options]
 
 
@@ -233,14 +233,14 @@ def test_the_network_goes_when_the_benchmark_is_stopped(rights, tmp_path, how):
         command("--strategies", "slowmo", out=tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while len(alive(ours(), process.pid)) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(3)  # until workers are on the hosts
         process.send_signal(how)
-        assert process.wait(60) != 0
+        assert process.wait(120) != 0
     finally:
         process.kill()
     assert not alive(ours(), process.pid)
@@ -254,7 +254,7 @@ def test_two_hosts_send_what_theory_says(rights, tmp_path):
         command("--strategies", "ddp", "slowmo", "--rate", "1gbit", "--steps", "8", out=out),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["strategy"]: row for row in summarize(json.loads(out.with_suffix(".json").read_text()))}
