@@ -51,10 +51,11 @@ class HookedDDP(DDPStrategy):
 
     Args:
         make_hook: makes the hook's state and the hook, in the worker.
+        options: of DistributedDataParallel.
     """
 
-    def __init__(self, make_hook: Callable[[], tuple[Any, Callable]]) -> None:
-        super().__init__()
+    def __init__(self, make_hook: Callable[[], tuple[Any, Callable]], **options: Any) -> None:
+        super().__init__(**options)
         self.make_hook = make_hook
 
     def configure_ddp(self) -> None:
@@ -127,7 +128,8 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "compute": lambda s: replace(ours(LocalSGD(NEVER)), period=s.sync_every),
     "ddp": lambda s: Row(DDPStrategy, DDP()),
     "ddp_bf16": lambda s: Row(lambda: HookedDDP(lambda: (None, bf16_compress_hook)), DDP(element_bytes=2)),
-    "ddp_powersgd": lambda s: Row(lambda: HookedDDP(powersgd), DDP(powersgd_rank=1)),
+    # In one bucket: the hook waits inside gloo's two threads, and two buckets would occupy both of them for ever.
+    "ddp_powersgd": lambda s: Row(lambda: HookedDDP(powersgd, bucket_cap_mb=100), DDP(powersgd_rank=1)),
     "periodic_averaging": lambda s: Row(
         lambda: PeriodicAveraging(s.sync_every), LocalSGD(s.sync_every), period=s.sync_every
     ),

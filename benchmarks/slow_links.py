@@ -57,7 +57,7 @@ from lightning_slowmo.plan import (
     predict,
 )
 from lightning_slowmo.traffic import layout_of, syncs
-from tests.harness import run_trainers
+from tests.harness import WorkerFailed, run_trainers
 
 EVALUATIONS = 10
 """How often a run for accuracy is tested."""
@@ -239,7 +239,8 @@ def summarize(result: dict[str, Any]) -> list[dict[str, Any]]:
     compute, ddp = timings.get("compute"), timings.get("ddp")
 
     def ratio(of: Sequence[float], to: Sequence[float] | None) -> float | None:
-        return statistics.median(a / b for a, b in zip(of, to, strict=True)) if to else None
+        # In the middle of a run, some rows have been timed once more than others.
+        return statistics.median(a / b for a, b in zip(of, to, strict=False)) if to else None
 
     for name in dict.fromkeys([*timings, *result["accuracy"]]):
         row: dict[str, Any] = {"strategy": name}
@@ -250,7 +251,7 @@ def summarize(result: dict[str, Any]) -> list[dict[str, Any]]:
             row["ddp_to"] = ratio(ddp["seconds"], seconds) if ddp else None
             row["mb_to_ddp"] = ratio(sent, ddp and ddp["bytes"])
             if compute:
-                pairs = zip(compute["seconds"], sent, strict=True)
+                pairs = zip(compute["seconds"], sent, strict=False)
                 row["to_limit"] = ratio(seconds, [alone + 8 * each / result["rate"] for alone, each in pairs])
         predicted = result["predicted"].get(name)
         if predicted and row.get("ms"):
@@ -381,6 +382,22 @@ class Bench:
         bar.update()
         return outcomes
 
+    def attempt(self, job: Job, expected: float, bar: tqdm, result: dict[str, Any]) -> list[Outcome] | None:
+        """Run a job; if it fails, note that, forget the row, and let the others go on."""
+        if job.name in result["failed"]:
+            bar.update()
+            return None
+        try:
+            return self.train(job, expected, bar)
+        except WorkerFailed as error:
+            if job.name == "compute":
+                raise
+            bar.write(f"{job.name} failed:\n{error}", file=sys.stderr)
+            result["failed"][job.name] = str(error)
+            result["timings"].pop(job.name, None)
+            bar.update()
+            return None
+
     def calibrate(self, compressors: Sequence[Any]) -> tuple[Link, dict[str, Costs], float]:
         """The link, the same for all hosts, and what compressors and a sync cost, on average."""
         outcomes = self.call(calibrate, compressors, limit=120)
@@ -436,7 +453,7 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
     link, costs, handling = bench.calibrate(compressors_of(names, setting, hosts))
     result: dict[str, Any] = {"hosts": hosts, "rate": bench.network.rate, "link": asdict(link), "handling": handling}
     result |= {"sync_every": setting.sync_every, "runs": arguments.runs, "batch": arguments.batch}
-    result |= {"seconds": arguments.seconds, "timings": {}, "accuracy": {}, "predicted": {}}
+    result |= {"seconds": arguments.seconds, "timings": {}, "accuracy": {}, "predicted": {}, "failed": {}}
     result["costs"] = {name: asdict(cost) for name, cost in costs.items()}
     step, predicted = arguments.guess, {}
     for _ in range(arguments.runs):
@@ -444,18 +461,20 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
             row = ROWS[name](setting)
             expected = predicted.get(name) or step + 8 * 13e6 / link.bandwidth
             job = replace(base, name=name, steps=steps_for(arguments.budget, row.period, expected))
-            seconds, sent = measure(bench.train(job, job.steps * expected, bar), row.period)
+            outcomes = bench.attempt(job, job.steps * expected, bar, result)
+            if outcomes is None:
+                continue
+            seconds, sent = measure(outcomes, row.period)
             timing = result["timings"].setdefault(name, {"seconds": [], "bytes": []})
             timing["seconds"].append(seconds)
             timing["bytes"].append(sent)
             if name == "compute":
                 step = statistics.median(timing["seconds"])
                 predicted = expected_steps(names, setting, hosts, step, link, costs, handling)
-    result["predicted"] = predicted
+            result["predicted"] = predicted
+            write(result, arguments.out)
     if arguments.seconds or arguments.steps:
-        for name in names:
-            if name == "compute":
-                continue
+        for name in [name for name in names if name in result["timings"] and name != "compute"]:
             row = ROWS[name](setting)
             takes = statistics.median(result["timings"][name]["seconds"])
             wanted = arguments.steps or arguments.seconds / takes
@@ -463,10 +482,22 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
             steps = max(1, round(wanted / every)) * every
             longer = replace(setting, warmup_steps=max(1, steps // 5))
             job = replace(base, name=name, setting=longer, steps=steps, evaluate_every=every)
-            result["accuracy"][name] = curve(
-                bench.train(replace(job, test_images=arguments.test_images), 2 * steps * takes, bar)
-            )
+            job = replace(job, test_images=arguments.test_images)
+            outcomes = bench.attempt(job, 2 * steps * takes, bar, result)
+            if outcomes is not None:
+                result["accuracy"][name] = curve(outcomes)
+                write(result, arguments.out)
     return result
+
+
+def write(result: dict[str, Any], path: Path) -> str:
+    """Write what is known so far as JSON and Markdown; returns the latter."""
+    failed = f"\nFailed: {', '.join(result['failed'])}.\n" if result["failed"] else ""
+    text = f"{heading(result)}\n\n{table(summarize(result))}\n{failed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    path.with_suffix(".md").write_text(text)
+    return text
 
 
 def main() -> None:
@@ -506,12 +537,10 @@ def main() -> None:
             result = run(Bench(network, folder), names, arguments, bar)
     except Unavailable as error:
         sys.exit(f"error: {error}")
-    text = f"{heading(result)}\n\n{table(summarize(result))}\n"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
-    arguments.out.with_suffix(".md").write_text(text)
+    print(write(result, arguments.out))
     draw(result, arguments.out.with_suffix(".png"))
-    print(text)
+    if result["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

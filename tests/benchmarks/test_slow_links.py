@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from benchmarks import network
 from benchmarks.contenders import NEVER, ROWS, Setting, period
 from benchmarks.network import MTU, Link, Network, Unavailable, build_commands, check, interface_bytes, stale
 from benchmarks.slow_links import (
+    Bench,
+    Job,
     Outcome,
     curve,
     draw,
@@ -27,6 +30,7 @@ from benchmarks.slow_links import (
     table,
     warmup_of,
     windows,
+    write,
 )
 from lightning_slowmo import PRESETS, Gossip, LocalSGD, SlowMo
 from lightning_slowmo.communication import probe
@@ -126,6 +130,7 @@ RESULT = {
         "slowmo": {"seconds": [0.2, 0.3, 0.2], "bytes": [1.25e6] * 3},
     },
     "predicted": {"ddp": 1.1, "slowmo": 0.19},
+    "failed": {},
     "accuracy": {"slowmo": [(10, 2.0, 30.0), (20, 4.0, 55.5)]},
 }
 
@@ -141,6 +146,30 @@ def test_ratios_are_taken_within_a_run():
     lines = table(list(rows.values())).splitlines()
     assert lines[-1] == "| `slowmo` | 200 | 2.00 | 1.000 | 5.5 | 1.25 | 0.1000 | 0.95 | 20 | 4 | 55.5 |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+class Broken(Bench):
+    """On which only computing works."""
+
+    def __init__(self) -> None:
+        pass
+
+    def train(self, job, expected, bar):
+        if job.name != "compute":
+            raise WorkerFailed("a worker died")
+        return []
+
+
+def test_a_row_that_fails_is_left_out_and_named(tmp_path):
+    result = RESULT | {"timings": dict(RESULT["timings"]), "failed": {}, "predicted": {}, "accuracy": {}}
+    with tqdm(disable=True) as bar:
+        for _ in range(2):
+            assert Broken().attempt(Job("slowmo", Setting(), 4), 1.0, bar, result) is None
+        assert Broken().attempt(Job("compute", Setting(), 4), 1.0, bar, result) == []
+    text = write(result, tmp_path / "out")
+    assert "Failed: slowmo." in text
+    assert "| `slowmo` |" not in text
+    assert json.loads((tmp_path / "out.json").read_text())["failed"] == {"slowmo": "a worker died"}
 
 
 def test_columns_that_nobody_has_are_left_out():
