@@ -73,7 +73,8 @@ def processes_of(trainer: DictConfig) -> int:
         raise ValueError(
             f"trainer.num_nodes={trainer.num_nodes}: start the processes on each machine with torchrun or srun, for "
             f"example `torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d "
-            "--rdzv-endpoint HOST:PORT -m recipes.train ...`."
+            "--rdzv-endpoint HOST:PORT -m recipes.train ...`. Or train on this machine alone, with "
+            "trainer.num_nodes=1 trainer.devices=..., and a data.batch_size that makes up for it."
         )
     devices = trainer.devices
     if isinstance(devices, int) and devices > 0:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import isfinite
 from statistics import fmean
 from textwrap import wrap
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ AXES = {"steps": "optimizer steps", "mb": "MB sent per worker", "seconds": "seco
 _SOURCES = {"mb": "progress/mb_sent", "seconds": "progress/seconds"}
 _SWEEPS = {"sync_every": "sync_every (τ), steps", "slow_momentum": "slow_momentum (β)"}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "text.color": INK,
@@ -84,15 +85,15 @@ def draw(problem: Problem, metric: str) -> list[Picture]:
         The pictures: curves first, then sweeps.
     """
     pictures = []
-    shown = _shown(problem, metric)
+    logged = [group for group in problem.groups if curve(group, metric, "steps")]
+    shown = _shown(logged)
+    best = "" if len(shown) == len(logged) else ", each strategy at its best"
     looks = _looks(shown)
     for axis, label in AXES.items():
-        lines = {group: curve(group, metric, axis) for group in shown}
-        lines = {group: points for group, points in lines.items() if points}
-        if lines:
-            best = "" if len(lines) == len(problem.groups) else ", each strategy at its best"
+        curves = {group: points for group in shown if (points := curve(group, metric, axis))}
+        if curves:
             caption = f"{metric} over {label}{best}"
-            plot = _curve_plot(problem, lines, looks, metric, label, log=axis == "mb")
+            plot = _curve_plot(problem, curves, looks, metric, label, log=axis == "mb")
             pictures.append(_picture(f"over_{axis}", caption, plot))
     for name, label in _SWEEPS.items():
         if lines := sweeps(problem, name):
@@ -159,9 +160,8 @@ def sweeps(problem: Problem, name: str) -> dict[str, list[Group]]:
     return named
 
 
-def _shown(problem: Problem, metric: str) -> list[Group]:
+def _shown(logged: list[Group]) -> list[Group]:
     """The groups that get a curve: all of them, or each strategy's best."""
-    logged = [group for group in problem.groups if curve(group, metric, "steps")]
     if len(logged) <= MOST_LINES:
         return logged
     best: dict[str, Group] = {}

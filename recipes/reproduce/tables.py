@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -89,8 +89,8 @@ def rows(table: Table) -> list[Row]:
     for experiment in table.experiments:
         config = composed(experiment)
         processes = config.trainer.devices if isinstance(config.trainer.devices, int) else None
-        params = OmegaConf.to_container(config.hydra.sweeper.params) if config.hydra.mode else None
-        choices = [[f"{name}={value}" for value in str(values).split(",")] for name, values in (params or {}).items()]
+        params = dict(config.hydra.sweeper.params) if config.hydra.mode else {}
+        choices = [[f"{name}={value}" for value in str(values).split(",")] for name, values in params.items()]
         for chosen in product(*choices):
             parts = [experiment.replace("/", "_"), *(choice.rpartition("=")[2] for choice in chosen)]
             # What sweeps by itself is run here one by one, so that it can go on where it was stopped.

@@ -154,10 +154,16 @@ class TranslationData(L.LightningDataModule):
         for split in {"fit": ("train", "valid"), "validate": ("valid",)}.get(stage, ("test",)):
             self.task.load_dataset(split)
 
+    @property
+    def _fit(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("Training data belong to a Trainer: use fit(model, datamodule=TranslationData(...)).")
+        return self.trainer
+
     def train_dataloader(self) -> Batches:
         """This worker's shard of the training data."""
         iterator = self._iterator("train", self.max_tokens)
-        self._train = Batches(iterator, epoch=lambda: self.trainer.current_epoch, start=self._start)
+        self._train = Batches(iterator, epoch=lambda: self._fit.current_epoch, start=self._start)
         self._start = 0
         return self._train
 
@@ -165,11 +171,11 @@ class TranslationData(L.LightningDataModule):
         """How many batches of the epoch have been trained on; the same on all workers."""
         # Lightning asks loaders for a state too, but gives it back too late where a schedule wants the total steps.
         done = self._train.position if self._train is not None else 0
-        return {"position": done if done < self.trainer.num_training_batches else 0}
+        return {"position": done if done < self._fit.num_training_batches else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume in the middle of an epoch."""
-        if self.trainer.state.fn == "fit":
+        if self._fit.state.fn == "fit":
             self._start = state["position"]
 
     def val_dataloader(self) -> Batches:
