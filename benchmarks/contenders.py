@@ -16,7 +16,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, LocalSGD, SlowMoStrategy
+from lightning_slowmo import (
+    PRESETS,
+    Algorithm,
+    APMSqueeze,
+    LocalSGD,
+    SensedSGD,
+    SketchedSGD,
+    SlowMo,
+    SlowMoStrategy,
+)
 from lightning_slowmo.communication import Workers
 from lightning_slowmo.communication.collectives import broadcast_tensors
 from lightning_slowmo.plan import DDP, at_period
@@ -98,16 +107,19 @@ class Row:
         strategy: makes what goes into ``Trainer(strategy=...)``.
         planned: what :mod:`lightning_slowmo.plan` takes it for.
         period: steps after which the traffic repeats itself.
+        plain: whether it keeps momentum itself and needs an optimizer without.
     """
 
     strategy: Callable[[], Any]
     planned: Algorithm | DDP
     period: int = 1
+    plain: bool = False
 
 
 def ours(algorithm: Algorithm) -> Row:
     """The row of one of our configurations."""
-    return Row(lambda: SlowMoStrategy(algorithm), algorithm, period(algorithm))
+    plain = isinstance(algorithm, (SketchedSGD, SensedSGD))
+    return Row(lambda: SlowMoStrategy(algorithm), algorithm, period(algorithm), plain)
 
 
 def period(algorithm: Algorithm) -> int:
@@ -134,5 +146,6 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
         lambda: PeriodicAveraging(s.sync_every), LocalSGD(s.sync_every), period=s.sync_every
     ),
     **{name: lambda s, preset=preset: ours(adapted(preset, s)) for name, preset in PRESETS.items()},
+    "slowmo_overlap": lambda s: ours(SlowMo(sync_every=s.sync_every, overlap=4)),
 }
 """Every row, by name. ``compute`` trains each worker alone, all at once: the share of the machine that a step gets."""

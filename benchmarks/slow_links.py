@@ -147,11 +147,12 @@ def train(rank: int, namespaces: list[str], folder: str, job: Job, progress: Any
         def on_validation_end(self, trainer: L.Trainer, module: Classifier) -> None:  # type: ignore[override]
             outcome.tests.append((len(outcome.marks), self.seconds, module.right[-1], len(questions.labels)))
 
+    row = ROWS[job.name](job.setting)
     torch.manual_seed(job.seed)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=size,
-        strategy=ROWS[job.name](job.setting).strategy(),
+        strategy=row.strategy(),
         max_steps=job.steps,
         max_epochs=-1,
         val_check_interval=job.evaluate_every or None,
@@ -166,7 +167,7 @@ def train(rank: int, namespaces: list[str], folder: str, job: Job, progress: Any
         callbacks=[Clock()],
     )
     data = loader(Batches(path, rank, size, job.batch, job.seed))
-    module = Classifier(job.lr, job.steps if job.evaluate_every else None, job.seed)
+    module = Classifier(job.lr, job.steps if job.evaluate_every else None, job.seed, row.plain)
     trainer.fit(module, data, loader(questions) if job.evaluate_every else None)
     return outcome
 

@@ -22,11 +22,14 @@ from lightning_slowmo.algorithms import (
     DiLoCo,
     Gossip,
     LocalSGD,
+    SensedSGD,
+    SketchedSGD,
     SlowMo,
     SQuARM,
 )
 from lightning_slowmo.communication import Header, Reason
-from lightning_slowmo.compression import Compressor, slice_segments
+from lightning_slowmo.compression import Compressor, CountSketch, slice_segments
+from lightning_slowmo.compression.indices import index_bytes
 from lightning_slowmo.parameters import Layout, Scratch
 from lightning_slowmo.topology import make
 
@@ -35,6 +38,9 @@ CHUNKS_LOOKED_AT = 64
 
 TWICE = 2
 """What SQuARM and APMSqueeze do with an element beside compressing it, in units of a plain sync (measured)."""
+
+TRANSFORM = 4
+"""What one transform of SensedSGD's recovery does with an element, in the same unit (additions in the cache)."""
 
 MEETING_NUMBERS = len(Header(Reason.SYNC, pending=(0,)).numbers())
 """Numbers in the header of one optimizer."""
@@ -289,6 +295,68 @@ def _(algorithm: APMSqueeze, layout: Layout, workers: int) -> list[Sync]:
 @state_numel.register
 def _(algorithm: APMSqueeze, layout: Layout, workers: int) -> float:
     return layout.numel * (4 + 1 / workers)  # anchor, momentum, second moment, and what messages have left out
+
+
+def _dense_and_sparse(algorithm: SketchedSGD | SensedSGD, layout: Layout, workers: int) -> tuple[Sync, Layout]:
+    """What both exchange of small tensors and of who has gradients, and the layout of the large tensors."""
+    small, large = (
+        Layout([[p for p in layout.parameters if (p.numel() >= algorithm.dense_below) == is_large]])
+        for is_large in (False, True)
+    )
+    flags = header(workers, 3 + len(layout.parameters))
+    return together(1, header(workers), flags, all_reduce(small, workers)), large
+
+
+def _sum(numel: int, itemsize: int, workers: int) -> Sync:
+    """An all-reduce of one tensor."""
+    sent = 2 * (workers - 1) * numel * itemsize // workers
+    return Sync(1, sent, sent, 2 * (workers - 1))
+
+
+@syncs.register
+def _(algorithm: SketchedSGD, layout: Layout, workers: int) -> list[Sync]:
+    dense, large = _dense_and_sparse(algorithm, layout, workers)
+    parts = [dense]
+    for run in large.runs:
+        numel, size = run.numel, run.dtype.itemsize
+        asked = algorithm.asked(numel)
+        parts.append(replace(_sum(asked, size, workers), handled=TWICE * numel))  # momentum and residual
+        if asked < numel:
+            sketch = algorithm.sketch(numel, 0)
+            table = _sum(sketch.rows * sketch.columns, size, workers)
+            parts.append(replace(table, compressed=numel, decompressed=numel, compressor=CountSketch()))
+    return [replace(together(1, *parts), gradients=True)]
+
+
+@state_numel.register
+def _(algorithm: SketchedSGD, layout: Layout, workers: int) -> float:
+    _, large = _dense_and_sparse(algorithm, layout, workers)
+    return layout.numel + large.numel  # momentum of all, and what has not been applied of the large
+
+
+@syncs.register
+def _(algorithm: SensedSGD, layout: Layout, workers: int) -> list[Sync]:
+    dense, large = _dense_and_sparse(algorithm, layout, workers)
+    parts = [dense]
+    for run in large.runs:
+        rows, blocks = algorithm.sensing().shape(run.numel)
+        width, height, size = -(-blocks // workers), algorithm.sensing().height(run.numel), run.dtype.itemsize
+        found = width * algorithm.kept(run.numel)
+        payload = found * size + index_bytes(height * width, found)
+        sent = (workers - 1) * (rows * width * size + payload)
+        transforms = 1 + (7 * algorithm.iterations + 2) / workers  # to measure everything, and to recover a share
+        parts.append(Sync(1, sent, sent, 2 * (workers - 1), handled=round(TRANSFORM * transforms * run.numel)))
+    return [replace(together(1, *parts), gradients=True)]
+
+
+@state_numel.register
+def _(algorithm: SensedSGD, layout: Layout, workers: int) -> float:
+    _, large = _dense_and_sparse(algorithm, layout, workers)
+    tables = 0
+    for run in large.runs:
+        rows, blocks = algorithm.sensing().shape(run.numel)
+        tables += 2 * rows * -(-blocks // workers)
+    return layout.numel - large.numel + tables
 
 
 def bytes_per_step(every: Sequence[Sync]) -> float:
