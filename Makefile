@@ -41,10 +41,11 @@ clean:  ## remove .venv and what runs leave behind
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves and installs in a fraction of pip's time; it is itself installed into .venv.
+# Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, every process would otherwise compile torch anew.
 $(BIN)/uv:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 $(EXTRAS:%=.venv/%.stamp): .venv/%.stamp: pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable ".[$(extras-$*)]"
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable ".[$(extras-$*)]"
 	@touch $@

@@ -3,9 +3,10 @@
     sudo python -m benchmarks.overlap         # in a network namespace of its own, its loopback slowed down by tc
 
 All workers' messages share the one slow link, and headers queue behind models there. Steps without communication, with
-SGP and with OSGP alternate within one run. Computation is a sleep, as on an accelerator: the CPU is free to move
-messages. The best of the repeats counts, since other load can only add. The bytes are compared with what the network
-interface counted.
+gossip and with SlowMo, each with and without overlap, alternate within one run. SlowMo's all-reduce takes 2(n - 1)/n
+times as long as a message of gossip, once in ten steps. Computation is a sleep, as on an accelerator: the CPU is free
+to move messages. The best of the repeats counts, since other load can only add. The bytes are compared with what the
+network interface counted.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from pathlib import Path
 
 import torch
 
-from lightning_slowmo import Engine, Gossip, LocalSGD, Workers
+from lightning_slowmo import Engine, Gossip, LocalSGD, SlowMo, Workers
 from tests.harness import run
 
-VARIANTS = {"none": LocalSGD(sync_every=10**9), "sgp": Gossip(), "osgp": Gossip(overlap=1)}
+VARIANTS = {
+    "none": LocalSGD(sync_every=10**9),
+    "sgp": Gossip(),
+    "osgp": Gossip(overlap=1),
+    "slowmo": SlowMo(sync_every=10),
+    "slowmo(overlap=3)": SlowMo(sync_every=10, overlap=3),
+    "slowmo(overlap=1, fragments=5)": SlowMo(sync_every=10, overlap=1, fragments=5),
+}
+
+HIDES = {"osgp": "sgp", "slowmo(overlap=3)": "slowmo", "slowmo(overlap=1, fragments=5)": "slowmo"}
+"""What waits for the communication that is hidden here."""
 
 
 def on_the_interface() -> int:
@@ -37,9 +48,11 @@ def worker(rank: int, numel: int, compute: float, steps: int, repeats: int) -> d
     everyone = Workers.from_world()
     engines, results = {}, {}
     for name, algorithm in VARIANTS.items():
-        model = torch.nn.Parameter(torch.ones(numel))
-        engines[name] = Engine(algorithm, [torch.optim.SGD([model], lr=0.0)], everyone)
+        model = [torch.nn.Parameter(torch.ones(numel // 10)) for _ in range(10)]
+        engines[name] = Engine(algorithm, [torch.optim.SGD(model, lr=0.0)], everyone)
         results[name] = []
+        for _ in range(5):  # what SlowMo sends is then taken in within the same run of whole periods
+            engines[name].after_step()
     for repeat in range(repeats + 1):
         for name, engine in engines.items():
             for unit in engine.units:
@@ -66,7 +79,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--numel", type=int, default=2**20, help="parameters of the model, float32")
     parser.add_argument("--compute", type=float, default=0.2, help="seconds of a step, and of its messages on the link")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="a multiple of 10, in which SlowMo has whole periods")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if "OVERLAP_NAMESPACE" not in os.environ:
@@ -86,8 +99,9 @@ def main() -> None:
     for name, rows in by_rank[0].items():
         interface = statistics.median(row[2] for row in rows) / arguments.workers
         print(f"| {name} | {seconds[name] * 1e3:.0f} | {rows[0][1] / 1e6:.3f} | {interface / 1e6:.3f} |")
-    hidden = (seconds["sgp"] - seconds["osgp"]) / (seconds["sgp"] - seconds["none"])
-    print(f"OSGP hides {hidden:.0%} of the communication that SGP waits for.")
+    for name, waiting in HIDES.items():
+        hidden = (seconds[waiting] - seconds[name]) / (seconds[waiting] - seconds["none"])
+        print(f"{name} hides {hidden:.0%} of the communication that {waiting} waits for.")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ class Engine:
             for unit in self.units:
                 unit.place_slow_state(shard_slow_state, offload_slow_state is not None)
         self.last_meeting: Meeting | None = None
+        self._waited = [0.0 for _ in self.units]
         self._local: list[list[Tensor]] | None = None
         self._local_buffers: list[Tensor] = []
         self._moving: dict[str, Tensor] = {}
@@ -134,13 +135,20 @@ class Engine:
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    def after_backward(self) -> None:
-        """Exchange gradients, for the algorithms that do; call it when gradients are complete, before clipping."""
+    def after_backward(self, loss_scale: float | None = None) -> None:
+        """Exchange gradients, for the algorithms that do; call it when gradients are complete, before clipping.
+
+        Args:
+            loss_scale: what a gradient scaler has multiplied the loss by; None if there is no scaler. Call this before
+                the scaler's ``unscale_``, which looks for infinities on one worker alone.
+        """
         for index, unit in enumerate(self.units):
             if not unit.exchanges_gradients:
                 continue
-            unit.before_step()  # the first gradient of a parameter that joins counts, too
-            if any(parameter.grad is not None for parameter in unit.layout.parameters):
+            # While another optimizer has its turn, this one's parameters may be frozen: that changes no layout.
+            if any(parameter.grad is not None for group in unit.groups() for parameter in group):
+                unit.loss_scale = loss_scale
+                unit.before_step()  # the first gradient of a parameter that joins counts, too
                 self.meet(Reason.GRADIENTS, index)
 
     def before_step(self, unit: int = 0) -> None:
@@ -157,7 +165,9 @@ class Engine:
             What the sync did, or None if there was none.
         """
         running = self.units[unit]
-        running.after_step()
+        start = time.perf_counter()
+        running.after_step()  # may wait for an average that was sent some steps ago
+        self._waited[unit] += time.perf_counter() - start
         levels = running.due()
         return None if levels == NOT_DUE else self.meet(Reason.SYNC, unit, levels)
 
@@ -203,8 +213,9 @@ class Engine:
                 report,
                 bytes_sent=used.sent,
                 bytes_received=used.received,
-                seconds=time.perf_counter() - start,
+                seconds=time.perf_counter() - start + self._waited[round.unit],
             )
+            self._waited[round.unit] = 0.0
             self.total = self.total + report
             if (round.reason, round.unit) == (reason, unit):
                 return report

@@ -2,6 +2,7 @@ r"""Parameters as few flat buckets: what a sync reads, sends and writes.
 
 A model has hundreds of small tensors and a network likes few large messages. A :class:`Layout` orders the parameters
 of one optimizer in flat *runs* (one per parameter group, device and dtype) and cuts the runs into :class:`Bucket`\ s.
+If parts of the parameters are to be communicated by themselves, each of these *fragments* has runs of its own.
 A large parameter is its own bucket and is communicated *in place*, without a copy; small ones are packed together into
 a scratch buffer. Slow state (anchors, momenta, residuals) is laid out as the runs are, one flat tensor per run, so that
 arithmetic on a bucket is arithmetic on contiguous memory.
@@ -62,11 +63,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """The parameters of one group that share device and dtype, one after the other."""
+    """The parameters of one group that share device, dtype and fragment, one after the other."""
 
     group: int
     dtype: torch.dtype
     device: torch.device
+    fragment: int
     spans: tuple[Span, ...]
 
     @property
@@ -174,6 +176,11 @@ class Bucket:
         torch._foreach_copy_(targets, sources)
         return flat
 
+    def copy_to(self, flat: Tensor) -> Tensor:
+        """Copy the parameters' values to a flat tensor of this bucket's length and dtype, also if ``in_place``."""
+        packed = self.pack(flat)
+        return flat.copy_(packed) if self.in_place else packed
+
     def unpack(self, flat: Tensor) -> None:
         """Write a flat tensor back into the parameters; nothing to do for what :meth:`pack` gave in place."""
         if self.in_place:
@@ -208,6 +215,7 @@ class Layout:
             weights) is taken once.
         bucket_bytes: size at which a bucket is full, in bytes.
         in_place_bytes: size from which a parameter is communicated in place, in bytes.
+        fragments: number of parts of about equal size that can be communicated by themselves. Parameters stay whole.
     """
 
     def __init__(
@@ -215,12 +223,17 @@ class Layout:
         groups: Iterable[Iterable[Tensor]],
         bucket_bytes: int = BUCKET_BYTES,
         in_place_bytes: int = IN_PLACE_BYTES,
+        *,
+        fragments: int = 1,
     ) -> None:
-        self.parameters: list[Tensor] = []
-        members: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
-        for index, parameter in _members(groups):
-            self.parameters.append(parameter)
-            members.setdefault((index, parameter.dtype, parameter.device), []).append(parameter)
+        laid_out = list(_members(groups))
+        self.parameters: list[Tensor] = [parameter for _, parameter in laid_out]
+        self.fragments = fragments
+        fragment_of = _deal(self.parameters, fragments)
+        members: dict[tuple[int, torch.dtype, torch.device, int], list[Tensor]] = {}
+        for index, parameter in laid_out:
+            key = (index, parameter.dtype, parameter.device, fragment_of[id(parameter)])
+            members.setdefault(key, []).append(parameter)
         self.runs: list[Run] = [_run(key, tensors) for key, tensors in members.items()]
         self.buckets: list[Bucket] = [
             bucket for index, run in enumerate(self.runs) for bucket in _cut(index, run, bucket_bytes, in_place_bytes)
@@ -230,6 +243,14 @@ class Layout:
     def numel(self) -> int:
         """Number of elements in all runs."""
         return sum(run.numel for run in self.runs)
+
+    def fragment(self, index: int) -> list[Bucket]:
+        """The buckets of one fragment."""
+        return [bucket for bucket in self.buckets if self.runs[bucket.run].fragment == index]
+
+    def outside(self, index: int) -> set[int]:
+        """The ids of the parameters that lie in other fragments."""
+        return {id(span.parameter) for run in self.runs if run.fragment != index for span in run.spans}
 
     def covers(self, groups: Iterable[Iterable[Tensor]]) -> bool:
         """Whether these are still exactly the parameters that are laid out (some may have joined or been frozen)."""
@@ -250,7 +271,7 @@ class Layout:
         """The parameters' present values, one flat tensor per run."""
         buffers = self.empty()
         for bucket in self.buckets:
-            bucket.of(buffers).copy_(bucket.pack())
+            bucket.copy_to(bucket.of(buffers))
         return buffers
 
     def restore(self, buffers: Sequence[Tensor]) -> None:
@@ -379,13 +400,26 @@ def _members(groups: Iterable[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]
                 yield index, parameter
 
 
-def _run(key: tuple[int, torch.dtype, torch.device], tensors: list[Tensor]) -> Run:
+def _deal(parameters: Iterable[Tensor], fragments: int) -> dict[int, int]:
+    """The fragment of each parameter, by id: the largest first, each to the fragment that has least so far.
+
+    Layers that are alike are dealt out in turn, so a fragment has some from all depths of the model.
+    """
+    sizes = [0] * fragments
+    dealt: dict[int, int] = {}
+    for parameter in sorted(parameters, key=lambda tensor: -tensor.numel()):
+        smallest = sizes.index(min(sizes))
+        dealt[id(parameter)] = smallest
+        sizes[smallest] += parameter.numel()
+    return dealt
+
+
+def _run(key: tuple[int, torch.dtype, torch.device, int], tensors: list[Tensor]) -> Run:
     spans, start = [], 0
     for tensor in tensors:
         spans.append(Span(tensor, start, start + tensor.numel()))
         start += tensor.numel()
-    group, dtype, device = key
-    return Run(group, dtype, device, tuple(spans))
+    return Run(*key, tuple(spans))
 
 
 def _cut(index: int, run: Run, bucket_bytes: int, in_place_bytes: int) -> Iterator[Bucket]:

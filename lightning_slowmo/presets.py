@@ -11,6 +11,8 @@ from lightning_slowmo.algorithms import (
     DiLoCo,
     Gossip,
     LocalSGD,
+    SensedSGD,
+    SketchedSGD,
     SlowMo,
     SQuARM,
     Threshold,
@@ -36,6 +38,8 @@ PRESETS: dict[str, Algorithm] = {
     "sparq_sgd": SQuARM(trigger=Threshold(initial=2.0, growth=1.0, every=100)),
     "squarm_sgd": SQuARM(trigger=Threshold(initial=2.5, growth=1.5, every=100)),
     "apmsqueeze": APMSqueeze(),
+    "sketched_sgd": SketchedSGD(),
+    "sensed_sgd": SensedSGD(),
 }
 """Every preset, by name."""
 

@@ -45,7 +45,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import networkx as nx
@@ -255,6 +255,17 @@ class Topology(ABC):
             raise ValueError(f"{self.name} cannot connect {workers} workers: it takes {self.sizes}, or 1 alone")
         return self._schedule(workers) if workers > 1 else Schedule([np.eye(1)])
 
+    def traffic(self, workers: int) -> Traffic:
+        """How many messages each of that many workers sends in a step: what the schedule says, if need be without it.
+
+        Args:
+            workers: The world size, at least 1.
+
+        Raises:
+            ValueError: This topology cannot connect that many workers.
+        """
+        return self.on(workers).traffic
+
 
 @dataclass(frozen=True)
 class Named(Topology):
@@ -282,6 +293,12 @@ class Named(Topology):
     def _schedule(self, workers: int) -> Schedule:
         return Schedule(mixing_matrix(graph, self.mixing) for graph in _GRAPHS[self.name](workers))
 
+    def traffic(self, workers: int) -> Traffic:
+        """Counted on the graphs, as the matrices of ten thousand workers would not fit into memory."""
+        if workers == 1 or not self.supports(workers):
+            return super().traffic(workers)
+        return _traffic(self.name, workers)
+
 
 @dataclass(frozen=True)
 class RandomMatching(Topology):
@@ -307,6 +324,10 @@ class RandomMatching(Topology):
 
     def _schedule(self, workers: int) -> Schedule:
         return _RandomMatchings(workers, self.seed)
+
+    def traffic(self, workers: int) -> Traffic:
+        """One message; nothing from the one that sits out."""
+        return Traffic(min(1, workers - 1), workers // 2 * 2 / workers) if workers > 1 else Traffic(0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -382,6 +403,15 @@ _GRAPHS: dict[str, Callable[[int], list[nx.Graph]]] = {
     "one_peer_exponential": lambda n: [_hops(n, 2**k) for k in range(_rounds(n))],
     "bipartite_exponential": _bipartite_exponential,
 }
+
+
+@lru_cache(maxsize=1024)
+def _traffic(name: str, workers: int) -> Traffic:
+    """How many messages a worker sends, counted on the graphs."""
+    graphs = _GRAPHS[name](workers)
+    degrees = [[degree for _, degree in (g.out_degree if g.is_directed() else g.degree)] for g in graphs]
+    return Traffic(int(np.max(degrees)), float(np.mean(degrees)))
+
 
 _SIZES: dict[str, tuple[str, Callable[[int], bool]]] = {
     "torus": ("a number that is not prime (4, 6, 8, 9, 10, 12, ...)", lambda n: _torus_sides(n)[0] > 1),

@@ -312,8 +312,10 @@ class SlowMoMixin(DDPStrategy):
         super().post_backward(closure_loss)
         if self._training and not self._accumulating:
             assert self.engine is not None
+            scaler = getattr(self.precision_plugin, "scaler", None)
+            loss_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
             with self._flags():
-                self.engine.after_backward()
+                self.engine.after_backward(loss_scale)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, then sync if it is time."""

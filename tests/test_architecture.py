@@ -19,6 +19,8 @@ FLOORS = {
     "communication": 2,
     "algorithms": 3,
     "engine": 4,
+    "plan": 4,
+    "traffic": 4,
     "presets": 4,
     "checkpoint": 5,
     "callbacks": 5,

@@ -124,7 +124,10 @@ def test_batchnorm_statistics_are_averaged_and_its_counters_come_from_rank_0(wor
 # Inputs of different length -------------------------------------------------------------------------------------------
 
 
-@on_workers(2, 3, each=[SlowMo(sync_every=4), LocalSGD(5), BMUF(3), DiLoCo(7), AllReduce()])
+STREAMING = [LocalSGD(4, overlap=3), SlowMo(sync_every=4, overlap=1, fragments=2), DiLoCo(6, overlap=1, fragments=3)]
+
+
+@on_workers(2, 3, each=[SlowMo(sync_every=4), LocalSGD(5), BMUF(3), DiLoCo(7), AllReduce(), *STREAMING])
 def test_workers_with_fewer_batches_wait_at_the_end_of_the_epoch_and_nobody_hangs(workers, case):
     loop = Loop(workers, case)
     for _ in range(2):

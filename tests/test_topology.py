@@ -502,3 +502,19 @@ def test_the_table_in_the_documentation_is_up_to_date():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.table() in (DOCS / "topologies.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 6, 16])
+def test_traffic_needs_no_matrices(name, workers):
+    topology = make(name)
+    if topology.supports(workers):
+        assert topology.traffic(workers) == pytest.approx(topology.on(workers).traffic)
+    else:
+        with pytest.raises(ValueError, match="cannot connect"):
+            topology.traffic(workers)
+
+
+def test_traffic_of_ten_thousand_workers():
+    assert make("one_peer_exponential").traffic(10_000) == (1, 1)
+    assert make("ring").traffic(10_000) == (2, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.communication.collectives import average, average_sharded
+from lightning_slowmo.communication.collectives import Then, average, average_sharded
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout, Scratch, Shards
+from lightning_slowmo.parameters import Layout, Scratch, Shards
 
 NOT_DUE = 0
 """What :meth:`Running.due` returns after a step that needs no communication."""
@@ -115,6 +115,7 @@ class Running(ABC):
         optimizer: the user's own.
         workers: who takes part.
         base: the algorithm that this one wraps, if any, with which it shares layout and scratch memory.
+        fragments: number of parts in which parameters are averaged.
     """
 
     level = 1
@@ -123,11 +124,17 @@ class Running(ABC):
     exchanges_gradients = False
     """Whether :meth:`sync_gradients` communicates."""
 
-    def __init__(self, optimizer: Optimizer, workers: Workers, base: Running | None = None) -> None:
+    loss_scale: float | None = None
+    """What a gradient scaler has multiplied this worker's gradients by; None if there is no scaler."""
+
+    fragment = 0
+    """Which of the layout's fragments :meth:`average` takes next."""
+
+    def __init__(self, optimizer: Optimizer, workers: Workers, base: Running | None = None, fragments: int = 1) -> None:
         self.optimizer = optimizer
         self.workers = workers
         self.scratch: Scratch = base.scratch if base is not None else Scratch()
-        self.layout: Layout = base.layout if base is not None else Layout(self.groups())
+        self.layout: Layout = base.layout if base is not None else Layout(self.groups(), fragments=fragments)
         self.shards: Shards | None = None
         self.pending = 0
 
@@ -141,16 +148,15 @@ class Running(ABC):
 
     def is_finite(self) -> bool:
         """Whether all parameters are finite."""
-        parameters = [parameter.detach() for parameter in self.layout.parameters]
-        norms = [norm.double() for norm in torch._foreach_norm(parameters)]
-        if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
-            return True
-        # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
-        return all(parameter.isfinite().all() for parameter in parameters)
+        return are_finite(self.layout.parameters)
 
     def agrees_after(self, round: Round) -> bool:
         """Whether a sync makes the workers' parameters equal; gossip, say, only brings them closer."""
         return False
+
+    def average_agrees(self, round: Round) -> bool:
+        """Whether :meth:`average` makes all of the workers' parameters equal, and at once."""
+        return True
 
     def place_slow_state(self, shard: bool, offload: bool) -> None:
         """Keep slow state elsewhere than whole and beside the parameters. Called once, before training.
@@ -172,7 +178,8 @@ class Running(ABC):
     def before_step(self) -> None:
         """Make room for parameters that joined the optimizer or were unfrozen since the last step."""
         if not self.layout.covers(self.groups()):
-            self.relayout(Layout(self.groups()))
+            self.drain()
+            self.relayout(Layout(self.groups(), fragments=self.layout.fragments))
 
     def relayout(self, layout: Layout) -> None:
         """Take over a new layout. Algorithms with slow state carry it along."""
@@ -203,15 +210,14 @@ class Running(ABC):
     def sync_gradients(self, round: Round) -> None:
         """Exchange gradients. Called on all workers together, only if :attr:`exchanges_gradients`."""
 
-    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
+    def average(self, round: Round, then: Then | None = None) -> float:
         """Exact average of the parameters: line 6 of SlowMo's Algorithm 1.
 
         Workers weigh as many steps as they took since the last sync, which is equal in all but uneven inputs.
 
         Args:
             round: the circumstances.
-            then: called with each block, sum and weight; see
-                :func:`~lightning_slowmo.communication.collectives.average`.
+            then: what is made of the mean, if the parameters get something else.
 
         Returns:
             The drift of this worker.
@@ -219,7 +225,7 @@ class Running(ABC):
         if self.shards is not None and then is not None:
             drift = average_sharded(self.shards, self.workers, self.scratch, round.weights, then)
         else:
-            drift = average(self.layout, self.workers, self.scratch, round.weights, then)
+            drift = average(self.layout.buckets, self.workers, self.scratch, round.weights, then)
         self.pending = 0
         return drift
 
@@ -227,11 +233,11 @@ class Running(ABC):
         """Take note that a wrapper has moved the parameters by itself, after :meth:`sync`."""
 
     def drain(self) -> None:
-        """Take in messages that are still in flight. Called on all workers together."""
+        """Wait for the messages that are still in flight; all workers have sent theirs."""
 
     def consensus(self, round: Round) -> None:
         """Overwrite the parameters with the model that is evaluated and saved: the mean over the workers."""
-        average(self.layout, self.workers, self.scratch, round.weights)
+        average(self.layout.buckets, self.workers, self.scratch, round.weights)
 
     def finish(self, round: Round) -> None:
         """End with the consensus for good: whoever trains on starts from it. Called on all workers together."""
@@ -265,6 +271,18 @@ class Running(ABC):
         self.pending = state["pending"]
 
 
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements of all tensors are finite."""
+    if not tensors:
+        return True
+    tensors = [tensor.detach() for tensor in tensors]
+    norms = [norm.double() for norm in torch._foreach_norm(tensors)]
+    if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
+        return True
+    # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def check_period(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -281,6 +299,19 @@ def check_rate(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def check_streaming(sync_every: int, overlap: Any, fragments: Any) -> None:
+    """Raise ValueError unless ``fragments`` divides ``sync_every``, and ``overlap`` ends before the next sync."""
+    check_period("overlap", overlap, least=0)
+    check_period("fragments", fragments)
+    if sync_every % fragments:
+        raise ValueError(f"fragments must divide sync_every, which is {sync_every}, got {fragments!r}.")
+    if overlap >= sync_every // fragments:
+        raise ValueError(
+            f"overlap must be less than the {sync_every // fragments} steps between two syncs (sync_every / fragments),"
+            f" got {overlap!r}."
+        )
 
 
 def copy_state(targets: Sequence[Tensor], sources: Sequence[Tensor], what: str) -> None:

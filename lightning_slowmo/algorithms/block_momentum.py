@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
-from lightning_slowmo.algorithms.base import Algorithm, Round, Running, check_momentum, check_period, check_rate
+from lightning_slowmo.algorithms.base import (
+    Algorithm,
+    Round,
+    Running,
+    check_momentum,
+    check_period,
+    check_rate,
+    check_streaming,
+)
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
@@ -38,6 +46,8 @@ class BMUF(Algorithm):
         nesterov: Nesterov block momentum instead of the classical one.
         warmup_steps: optimizer steps at the start during which blocks are averaged without momentum.
         inner_buffers: the optimizer's own buffers at the end of a block, as for SlowMo.
+        overlap: for how many steps of the next block an average is on its way, as for SlowMo.
+        fragments: number of parts of the parameters of which one at a time ends its block, as for SlowMo.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -49,6 +59,8 @@ class BMUF(Algorithm):
     nesterov: bool = False
     warmup_steps: int = 0
     inner_buffers: InnerBuffers = "auto"
+    overlap: int = 0
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         check_period("sync_every", self.sync_every)
@@ -57,6 +69,7 @@ class BMUF(Algorithm):
         check_rate("block_lr", self.block_lr)
         check_period("warmup_steps", self.warmup_steps, least=0)
         inner_buffers.check(self.inner_buffers)
+        check_streaming(self.sync_every, self.overlap, self.fragments)
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
@@ -68,18 +81,19 @@ class RunningBMUF(RunningOuterLoop):
 
     def __init__(self, config: BMUF, optimizer: Optimizer, workers: Workers) -> None:
         treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        super().__init__(LocalSGD(config.sync_every), config.sync_every, treatment, True, optimizer, workers)
+        base = LocalSGD(config.sync_every, config.overlap, config.fragments)
+        super().__init__(base, config.sync_every // config.fragments, treatment, True, optimizer, workers)
         self.config = config
         self.block_momentum = 1 - 1 / workers.size if config.block_momentum is None else config.block_momentum
         self.blocks = 0
 
     def begin_outer_step(self, round: Round) -> None:
-        """Count the block."""
+        """Count the block, or the fragment's part of one."""
         self.blocks += 1
 
     def outer_step(self, block: Block, difference: Tensor) -> None:
         """Filter the block's update."""
-        if self.blocks * self.config.sync_every <= self.config.warmup_steps:
+        if self.blocks * self.sync_every <= self.config.warmup_steps:
             block.of(self.anchor).sub_(difference)
             return
         eta, zeta = self.block_momentum, self.config.block_lr

@@ -26,6 +26,7 @@ from lightning_slowmo.algorithms.base import (
     check_momentum,
     check_period,
     check_rate,
+    check_streaming,
 )
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
 from lightning_slowmo.algorithms.quantized_averaging import check_compressor, local_steps
@@ -50,6 +51,10 @@ class DiLoCo(Algorithm):
         outer_optimizer: another optimizer of ``torch.optim`` instead: a callable that takes parameters, for example
             ``functools.partial(torch.optim.Adam, lr=1e-3)``. ``outer_lr`` and ``outer_momentum`` then do not apply.
         compressor: how outer gradients are compressed, with error feedback; None sends them in full.
+        overlap: for how many of the next steps an outer gradient is on its way before the outer step is taken in, less
+            than the steps between two syncs; 0 waits for it. See :class:`~lightning_slowmo.LocalSGD`.
+        fragments: number of parts of the parameters of which one at a time makes an outer step, every
+            ``sync_every / fragments`` steps, as in Streaming DiLoCo.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -60,6 +65,8 @@ class DiLoCo(Algorithm):
     outer_momentum: float = 0.9
     outer_optimizer: OuterOptimizer | None = None
     compressor: Compressor | None = None
+    overlap: int = 0
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         check_period("sync_every", self.sync_every)
@@ -72,6 +79,10 @@ class DiLoCo(Algorithm):
                 "outer_optimizer must be a callable that makes an optimizer of parameters, such as "
                 f"functools.partial(torch.optim.Adam, lr=1e-3), got {self.outer_optimizer!r}."
             )
+        check_streaming(self.sync_every, self.overlap, self.fragments)
+        plain = self.compressor is None and self.outer_optimizer is None
+        if (self.overlap or self.fragments > 1) and not plain:
+            raise ValueError("overlap and fragments do not go with a compressor or an outer_optimizer of one's own.")
 
     @property
     def kind(self) -> str:
@@ -89,8 +100,8 @@ class RunningDiLoCo(RunningOuterLoop):
     """DiLoCo with the paper's outer optimizer, in closed form. ``anchor`` is theta and ``momentum`` is v."""
 
     def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
-        base = local_steps(config.sync_every, config.compressor)
-        super().__init__(base, config.sync_every, "maintain", True, optimizer, workers)
+        base = local_steps(config.sync_every, config.compressor, config.overlap, config.fragments)
+        super().__init__(base, config.sync_every // config.fragments, "maintain", True, optimizer, workers)
         self.config = config
 
     def outer_step(self, block: Block, difference: Tensor) -> None:

@@ -233,7 +233,7 @@ class RunningGossip(Running):
         It stands in for the round of a step, so the schedule moves on. Workers weigh as much mass as they hold: the
         steps that each took are in the mass of all, and to weigh by them would count some twice.
         """
-        drift = average(self.layout, self.workers, self.scratch, self._gather_mass(round), then)
+        drift = average(self.layout.buckets, self.workers, self.scratch, self._gather_mass(round), then)
         self.in_flight.clear()
         self.weights = np.ones(self.workers.size)
         if self.numerators is not None:
@@ -260,7 +260,7 @@ class RunningGossip(Running):
 
     def consensus(self, round: Round) -> None:
         """Overwrite the parameters with the mean of all mass, that in flight included, which stays in flight."""
-        average(self.layout, self.workers, self.scratch, self._gather_mass(round))
+        average(self.layout.buckets, self.workers, self.scratch, self._gather_mass(round))
 
     def finish(self, round: Round) -> None:
         """End with an exact average."""

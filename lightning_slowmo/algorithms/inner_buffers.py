@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -31,16 +32,20 @@ def resolve(value: InnerBuffers, optimizer: Optimizer) -> Literal["reset", "main
     return "maintain" if adaptive else "reset"
 
 
-def reset(optimizer: Optimizer) -> None:
+def reset(optimizer: Optimizer, but: Collection[int] = ()) -> None:
     """Make an optimizer forget: its next step is that of a fresh one, also in Adam's bias correction.
 
     Every optimizer of torch creates the state of a parameter at its first step, so emptying it is a reset to zero that
     includes step counters, and dampening treats the next gradient as the first one. Only Adagrad creates it earlier.
+
+    Args:
+        optimizer: the user's own.
+        but: ids of parameters whose state stays.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
-            if not state:
+            if not state or id(parameter) in but:
                 continue
             if isinstance(optimizer, Adagrad):
                 state["step"].zero_()
@@ -49,8 +54,13 @@ def reset(optimizer: Optimizer) -> None:
                 state.clear()
 
 
-def average(optimizer: Optimizer, workers: Workers) -> None:
+def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -> None:
     """Replace the buffers that have a parameter's shape (momenta, second moments) by their mean over the workers.
+
+    Args:
+        optimizer: the user's own.
+        workers: all of whom must call this.
+        but: ids of parameters whose buffers stay.
 
     Raises:
         SyncError: if the workers' optimizers do not hold the same buffers.
@@ -60,7 +70,8 @@ def average(optimizer: Optimizer, workers: Workers) -> None:
         for group in optimizer.param_groups
         for parameter in group["params"]
         for name, value in sorted(optimizer.state.get(parameter, {}).items())
-        if isinstance(value, Tensor)
+        if id(parameter) not in but
+        and isinstance(value, Tensor)
         and value.shape == parameter.shape
         and value.is_floating_point()
         and name != "step"  # a scalar as well, and to be told from the buffers of scalar parameters by name alone

@@ -7,10 +7,20 @@ optimizer it is what the SlowMo paper calls Local Adam.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period
+from lightning_slowmo.algorithms.base import (
+    NOT_DUE,
+    Algorithm,
+    Round,
+    Running,
+    SyncReport,
+    check_period,
+    check_streaming,
+)
+from lightning_slowmo.algorithms.streaming import RunningStreaming, check_saved
 from lightning_slowmo.communication.workers import Workers
 
 
@@ -20,19 +30,32 @@ class LocalSGD(Algorithm):
 
     Args:
         sync_every: optimizer steps between averages.
+        overlap: for how many of the next steps an average is on its way before it is taken in, less than the steps
+            between two syncs; 0 waits for it. It costs the memory of two copies of what is averaged.
+        fragments: number of parts of the parameters of which one at a time is averaged, every
+            ``sync_every / fragments`` steps; each still every ``sync_every``. It must divide ``sync_every``.
+
+    Raises:
+        ValueError: if an argument is out of its range. :meth:`bind` raises it if there are fewer parameters than
+            fragments.
 
     Example::
 
-        Trainer(strategy=SlowMoStrategy(LocalSGD(sync_every=8)))
+        Trainer(strategy=SlowMoStrategy(LocalSGD(sync_every=8, overlap=2)))
     """
 
     sync_every: int = 12
+    overlap: int = 0
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         check_period("sync_every", self.sync_every)
+        check_streaming(self.sync_every, self.overlap, self.fragments)
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if self.overlap or self.fragments > 1:
+            return RunningStreaming(self.sync_every, self.overlap, self.fragments, optimizer, workers)
         return RunningLocalSGD(self, optimizer, workers)
 
 
@@ -54,3 +77,20 @@ class RunningLocalSGD(Running):
     def sync(self, round: Round) -> SyncReport:
         """Average."""
         return SyncReport(drift=self.average(round))
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Nothing, but fragments would not fit."""
+        check_saved(state, fragments=1)
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore the count of steps.
+
+        Raises:
+            ValueError: if an average was in flight.
+        """
+        if state.get("in_flight"):
+            raise ValueError(
+                "The checkpoint was saved while an average was on its way. Resume with the same overlap, or load the "
+                "weights alone."
+            )
+        super().load_local_state(state)

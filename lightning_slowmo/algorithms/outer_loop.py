@@ -57,8 +57,8 @@ class RunningOuterLoop(Running):
         if shard:
             if type(self.base).average is not Running.average or not self.averages:
                 raise ValueError(
-                    "shard_slow_state needs an outer loop that averages over LocalSGD or AllReduce: gossip has no "
-                    "common state to share out."
+                    "shard_slow_state needs an outer loop that averages over LocalSGD or AllReduce, all parameters at "
+                    "once and without overlap or a compressor: gossip has no common state to share out."
                 )
             self.base.shards = Shards(self.layout, self.workers.rank, self.workers.size)
             self.anchor, self.momentum = self.base.shards.cut(self.anchor), self.base.shards.cut(self.momentum)
@@ -96,6 +96,7 @@ class RunningOuterLoop(Running):
 
     def sync_gradients(self, round: Round) -> None:
         """Let the base exchange gradients."""
+        self.base.loss_scale = self.loss_scale
         self.base.sync_gradients(round)
 
     def relayout(self, layout: Layout) -> None:
@@ -128,9 +129,11 @@ class RunningOuterLoop(Running):
         """The base's own sync, an outer step, or both in one."""
         if not round.levels & self.level:
             return self.base.sync(round)
+        if self.averages:
+            self.base.drain()  # which may end the outer step before
         self.begin_outer_step(round)
+        self._treat_buffers()
         if self.averages:  # one all-reduce serves the base and the outer step
-            self.base.drain()
             report = SyncReport(drift=self.base.average(round, then=self._move))
         else:
             report = self.base.sync(round) if round.levels & (self.level - 1) else SyncReport()
@@ -141,15 +144,25 @@ class RunningOuterLoop(Running):
                 bucket.unpack(own)
             self.base.moved()
         self.steps = 0
-        if self.buffers == "reset":
-            inner_buffers.reset(self.optimizer)
-        elif self.buffers == "average":
-            inner_buffers.average(self.optimizer, self.workers)
         return report
+
+    def _treat_buffers(self) -> None:
+        """Line 2 of SlowMo's Algorithm 1, for the parameters that are averaged now.
+
+        With overlap this is when they are sent, not when the mean has come: the period of which the next difference is
+        taken begins here.
+        """
+        elsewhere = self.layout.outside(self.base.fragment)
+        if self.buffers == "reset":
+            inner_buffers.reset(self.optimizer, elsewhere)
+        elif self.buffers == "average":
+            inner_buffers.average(self.optimizer, self.workers, elsewhere)
 
     def agrees_after(self, round: Round) -> bool:
         """After an outer step from the average, and between outer steps when the base does."""
-        return self.averages if round.levels & self.level else self.base.agrees_after(round)
+        if round.levels & self.level:
+            return self.averages and self.base.average_agrees(round)
+        return self.base.agrees_after(round)
 
     def _move(self, block: Block, total: Tensor, weight: float) -> None:
         anchor = block.of(self.anchor)
@@ -205,8 +218,10 @@ class RunningOuterLoop(Running):
     def shared_state(self) -> dict[str, Any]:
         """The slow state, which exact averaging keeps equal on all workers.
 
-        Sharded state is collected from the workers, so that any number of workers can go on from it.
+        Sharded state is collected from the workers, so that any number of workers can go on from it. An outer step
+        whose average is in flight is made.
         """
+        self.drain()
         return {"base": self.base.shared_state()} | ({"slow": self.slow_state()} if self.averages else {})
 
     def local_state(self) -> dict[str, Any]:

@@ -256,8 +256,8 @@ def generators(seed: int, rank: int, round: int) -> Callable[[torch.device], tor
     return cache(lambda device: seeded_generator(seed, rank, round, device))
 
 
-def local_steps(sync_every: int, compressor: Compressor | None) -> Algorithm:
+def local_steps(sync_every: int, compressor: Compressor | None, overlap: int = 0, fragments: int = 1) -> Algorithm:
     """The base of an outer loop: local steps, and an average that is exact or compressed with error feedback."""
     if compressor is None:
-        return LocalSGD(sync_every)
+        return LocalSGD(sync_every, overlap, fragments)
     return QPRSGD(sync_every, compressor, transport="two_shot", error_feedback=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout, Scratch, Shards
+from lightning_slowmo.communication.workers import Sum, Workers
+from lightning_slowmo.parameters import Block, Bucket, Layout, Scratch, Shards
+
+Then = Callable[[Block, Tensor, float], None]
+"""What is made of a mean: called with each block, the sum over the workers and their weight, as soon as the sum has
+come (while the cache holds it). It overwrites the sum with what the parameters get instead of ``sum / weight``."""
 
 DRIFT_SAMPLE = 2**18
 """Drift is measured on about this many coordinates: all of them in a smaller model."""
@@ -58,40 +63,35 @@ class Drift:
 
 
 def average(
-    layout: Layout,
+    buckets: Sequence[Bucket],
     workers: Workers,
     scratch: Scratch,
     weights: Sequence[float] | None = None,
-    then: Callable[[Block, Tensor, float], None] | None = None,
+    then: Then | None = None,
 ) -> float:
-    """Replace the parameters by their mean over the workers.
+    """Replace parameters by their mean over the workers.
 
     Args:
-        layout: the parameters.
+        buckets: the parameters.
         workers: all of whom must call this.
         scratch: buffers for the buckets in flight.
         weights: weight of each worker, by rank; equal if None.
-        then: called with each block, the sum over the workers and their weight, as soon as the sum has come (while the
-            cache holds it). It overwrites the sum with what the parameters get instead of the mean, ``sum / weight``.
+        then: what is made of the mean, if the parameters get something else.
 
     Returns:
         The drift: this worker's distance from the mean before, relative to the norm of the mean.
     """
-    drift = Drift(layout.numel)
+    drift = Drift(_numel(buckets))
     in_flight: deque = deque()
 
     def arrive() -> None:
         bucket, local, sum = in_flight.popleft()
         flat = sum.wait()
         drift.compare(local, flat, sum.weight)
-        for block, total in bucket.blocks(flat):
-            if then is not None:
-                then(block, total, sum.weight)
-            elif sum.weight != 1:
-                total.mul_(1 / sum.weight)
+        _take_mean(bucket, flat, sum.weight, then)
         bucket.unpack(flat)
 
-    for bucket in layout.buckets:
+    for bucket in buckets:
         if len(in_flight) == scratch.count:
             arrive()
         flat = bucket.pack(scratch.take(bucket))
@@ -102,12 +102,109 @@ def average(
     return drift.value()
 
 
+@dataclass
+class DelayedAverage:
+    """A mean of parameters over the workers that is on its way while training goes on.
+
+    With s the parameters that were sent and x those of some steps later, :meth:`correct` makes them::
+
+        x <- y + (x - s)        y = mean(s), or what ``then`` makes of it
+
+    that is, where they would be if the steps since had been taken from y. Written so, what has not moved since becomes
+    y to the last bit.
+
+    Attributes:
+        buckets: the parameters.
+        sent: s, one flat tensor per bucket.
+        new: y as soon as it has arrived, one flat tensor per bucket.
+        sums: the sums that become y; none once it has arrived.
+        then: what is made of the mean.
+        steps: local steps since it was sent.
+        drift: this worker's distance from the mean, relative to the norm of the mean; 0 until that is known.
+    """
+
+    buckets: Sequence[Bucket]
+    sent: list[Tensor]
+    new: list[Tensor]
+    sums: list[Sum] = field(default_factory=list)
+    then: Then | None = None
+    steps: int = 0
+    drift: float = 0.0
+
+    @classmethod
+    def send(
+        cls,
+        buckets: Sequence[Bucket],
+        workers: Workers,
+        scratch: Scratch,
+        weights: Sequence[float] | None = None,
+        then: Then | None = None,
+    ) -> DelayedAverage:
+        """Send all buckets at once, in the same order as the other workers, and wait for nobody.
+
+        Args:
+            buckets: the parameters.
+            workers: all of whom must call this.
+            scratch: two buffers for each bucket, that are used by nobody else until the parameters are corrected.
+            weights: weight of each worker, by rank; equal if None.
+            then: what is made of the mean.
+        """
+        self = cls(buckets, [], [], then=then)
+        for bucket in buckets:
+            sent, new = (scratch.allot(bucket, bucket.numel)[: bucket.numel] for _ in range(2))
+            self.sent.append(bucket.copy_to(sent))
+            self.new.append(new.copy_(sent))
+            self.sums.append(workers.sum(new, weights))
+        return self
+
+    def arrive(self) -> None:
+        """Wait until the mean has come, and let ``then`` make y of it. The parameters stay as they are.
+
+        Raises:
+            SyncError: if a worker did not take part in time.
+        """
+        if not self.sums:
+            return
+        drift = Drift(_numel(self.buckets))
+        for bucket, sent, sum in zip(self.buckets, self.sent, self.sums, strict=True):
+            flat = sum.wait()
+            drift.compare(drift.sample(sent), flat, sum.weight)
+            _take_mean(bucket, flat, sum.weight, self.then)
+        self.sums = []
+        self.drift = drift.value()
+
+    def correct(self, scratch: Scratch) -> None:
+        """Correct the parameters. What has arrived stays as it is.
+
+        Args:
+            scratch: a buffer for the bucket in hand.
+        """
+        for bucket, sent, new in zip(self.buckets, self.sent, self.new, strict=True):
+            flat = bucket.pack(scratch.take(bucket))
+            for (_, x), (_, s), (_, y) in zip(*map(bucket.blocks, (flat, sent, new)), strict=True):
+                x.sub_(s).add_(y)
+            bucket.unpack(flat)
+
+
+def _numel(buckets: Sequence[Bucket]) -> int:
+    return sum(bucket.numel for bucket in buckets)
+
+
+def _take_mean(bucket: Bucket, flat: Tensor, weight: float, then: Then | None) -> None:
+    """Turn a sum over the workers into their mean, or into what is made of it."""
+    for block, total in bucket.blocks(flat):
+        if then is not None:
+            then(block, total, weight)
+        elif weight != 1:
+            total.mul_(1 / weight)
+
+
 def average_sharded(
     shards: Shards,
     workers: Workers,
     scratch: Scratch,
     weights: Sequence[float] | None,
-    then: Callable[[Block, Tensor, float], None],
+    then: Then,
 ) -> float:
     """Replace the parameters by what ``then`` makes of their mean, each worker working on its own piece of them.
 
@@ -174,7 +271,7 @@ def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequen
     if workers.alone:
         return
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    average(Layout([floats]), workers, Scratch(), weights)
+    average(Layout([floats]).buckets, workers, Scratch(), weights)
     broadcast_tensors([tensor for tensor in tensors if not tensor.is_floating_point()], workers)
 
 

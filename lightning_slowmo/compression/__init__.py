@@ -8,6 +8,7 @@ from lightning_slowmo.compression.error_feedback import ErrorFeedback
 from lightning_slowmo.compression.hashing import seeded_generator
 from lightning_slowmo.compression.quantize import QSGD, Cast, Identity
 from lightning_slowmo.compression.segments import slice_segments
+from lightning_slowmo.compression.sensing import Recovery, Sensing
 from lightning_slowmo.compression.sign import Sign
 from lightning_slowmo.compression.sketch import CountSketch
 from lightning_slowmo.compression.sparsify import RandomK, SignTopK, TopK
@@ -20,6 +21,8 @@ __all__ = [
     "ErrorFeedback",
     "Identity",
     "RandomK",
+    "Recovery",
+    "Sensing",
     "Sign",
     "SignTopK",
     "TopK",

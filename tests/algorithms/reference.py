@@ -21,7 +21,7 @@ class Inner(Protocol):
 
     def step(self, index: int, x: Array, g: Array, rate: float) -> Array: ...
 
-    def reset(self) -> None: ...
+    def reset(self, index: int) -> None: ...
 
 
 class SGD:
@@ -36,8 +36,8 @@ class SGD:
         m = self.m[index] = self.momentum * self.m.get(index, 0.0) + g
         return x - rate * (g + self.momentum * m if self.nesterov else m)
 
-    def reset(self) -> None:
-        self.m.clear()
+    def reset(self, index: int) -> None:
+        self.m.pop(index, None)
 
 
 class Adam:
@@ -57,10 +57,9 @@ class Adam:
         x = x * (1 - rate * self.weight_decay)
         return x - rate * (m / (1 - self.b1**t)) / (np.sqrt(v / (1 - self.b2**t)) + self.eps)
 
-    def reset(self) -> None:
-        self.m.clear()
-        self.v.clear()
-        self.t.clear()
+    def reset(self, index: int) -> None:
+        for buffer in (self.m, self.v, self.t):
+            buffer.pop(index, None)
 
 
 # Outer steps: from the last common point and the workers' mean to the next common point -------------------------------
@@ -125,35 +124,59 @@ def trajectory(
     outer: Outer,
     inner: Callable[[], Inner] = SGD,
     inner_buffers: str = "maintain",
+    overlap: int = 0,
+    fragments: int = 1,
 ) -> Array:
-    """Every worker's parameters after every step: an array of workers x steps x elements."""
+    """Every worker's parameters after every step: an array of workers x steps x elements.
+
+    With overlap, what comes of an outer step is taken in some steps after the mean was taken; with fragments, each
+    outer step is one of a part of the parameters.
+    """
     indices = range(len(problem.shapes))
+    fragment_of = deal([int(np.prod(shape)) for shape in problem.shapes], fragments)
     start = problem.initial()
     x = [list(start) for _ in range(workers)]
     optimizers = [inner() for _ in range(workers)]
     history: list[list[Array]] = [[] for _ in range(workers)]
+    corrections: dict[int, list[tuple[int, int, Array]]] = {}
     for step, rates in enumerate(problem.rates):
         for i in range(workers):
             for p in indices:
                 g = problem.gradient(i, step, p, x[i][p])
                 x[i][p] = optimizers[i].step(p, x[i][p], g, rates[problem.group_of[p]])
-        if (step + 1) % sync_every == 0:
-            means = [sum(x[i][p] for i in range(workers)) / workers for p in indices]
-            start = [outer(p, rates[problem.group_of[p]], start[p], means[p]) for p in indices]
-            x = [list(start) for _ in range(workers)]
-            _treat(optimizers, inner_buffers)
+        turn, rest = divmod(step + 1, sync_every // fragments)
+        if rest == 0:
+            chosen = [p for p in indices if fragment_of[p] == (turn - 1) % fragments]
+            for p in chosen:
+                mean = sum(x[i][p] for i in range(workers)) / workers
+                start[p] = outer(p, rates[problem.group_of[p]], start[p], mean)
+                corrections.setdefault(step + overlap, []).extend((i, p, start[p] - x[i][p]) for i in range(workers))
+            _treat(optimizers, inner_buffers, chosen)
+        for i, p, correction in corrections.pop(step, []):
+            x[i][p] = x[i][p] + correction
         for i in range(workers):
             history[i].append(np.concatenate([np.ravel(value) for value in x[i]]))
     return np.array(history)
 
 
-def _treat(optimizers: list[Inner], inner_buffers: str) -> None:
+def deal(sizes: list[int], fragments: int) -> list[int]:
+    """The fragment of each parameter: in the order of their sizes, each goes where there is least."""
+    totals = np.zeros(fragments)
+    fragment_of = [0] * len(sizes)
+    for p in np.argsort([-size for size in sizes], kind="stable"):
+        fragment_of[p] = int(totals.argmin())
+        totals[fragment_of[p]] += sizes[p]
+    return fragment_of
+
+
+def _treat(optimizers: list[Inner], inner_buffers: str, indices: list[int]) -> None:
     """Line 2 of SlowMo's Algorithm 1."""
     if inner_buffers == "reset":
         for optimizer in optimizers:
-            optimizer.reset()
+            for p in indices:
+                optimizer.reset(p)
     elif inner_buffers == "average":
         for same in zip(*(optimizer.buffers for optimizer in optimizers), strict=True):
-            mean = {p: sum(buffer[p] for buffer in same) / len(same) for p in same[0]}
+            mean = {p: sum(buffer[p] for buffer in same) / len(same) for p in indices}
             for buffer in same:
                 buffer.update(mean)

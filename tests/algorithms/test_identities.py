@@ -218,7 +218,7 @@ def test_the_papers_u_scales_as_the_gradients_do(workers):
     def u(training):
         running = training.engine.units[0]
         groups = [run.group for run in running.layout.runs]
-        return [v / (0.5 * running.momentum_rates[group]) for v, group in zip(running.momentum, groups, strict=True)]
+        return [v / (0.5 * running.momentum_rates[0][group]) for v, group in zip(running.momentum, groups, strict=True)]
 
     for a, b in zip(u(one), u(two), strict=True):
         assert a.any()

@@ -15,7 +15,7 @@ def test_every_tensor_is_averaged_where_torchft_leaves_some_out(workers, case):
     """Sizes 4, 4, 2 in buckets of six elements, and tensors larger than a bucket."""
     sizes = (4, 4, 2, 20, 1)
     parameters = [Parameter(torch.arange(float(size)) + workers.rank) for size in sizes]
-    average(Layout([parameters], *case), workers, Scratch())
+    average(Layout([parameters], *case).buckets, workers, Scratch())
     offset = (workers.size - 1) / 2
     for parameter, size in zip(parameters, sizes, strict=True):
         torch.testing.assert_close(parameter.detach(), torch.arange(float(size)) + offset)
@@ -27,7 +27,7 @@ def test_strided_and_channels_last_parameters_are_averaged_in_their_places(worke
     strided = Parameter(whole[:, ::2])
     image = Parameter((torch.arange(24.0).view(1, 2, 3, 4) * workers.rank).to(memory_format=torch.channels_last))
     half = Parameter(torch.full((5,), 1.0 + workers.rank, dtype=torch.bfloat16))
-    average(Layout([[strided, image, half]], 16, 16), workers, Scratch())
+    average(Layout([[strided, image, half]], 16, 16).buckets, workers, Scratch())
     assert (strided == 0.5).all()
     assert (whole[:, 1::2] == workers.rank).all()
     assert torch.equal(image.detach(), torch.arange(24.0).view(1, 2, 3, 4) / 2)
@@ -45,7 +45,7 @@ def test_what_is_done_then_sees_each_element_once(workers):
         assert weight == 2
         total.mul_(10)
 
-    average(layout, workers, Scratch(), then=then)
+    average(layout.buckets, workers, Scratch(), then=then)
     assert all((parameter == 30).all() for parameter in parameters)
     assert all((run == 1).all() for run in seen)
 

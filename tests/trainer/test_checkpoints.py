@@ -54,6 +54,9 @@ SITUATIONS = {
     "two algorithms": (SlowMo(LocalSGD(2), sync_every=5), {}),
     "BMUF": (BMUF(SYNC_EVERY, warmup_steps=SYNC_EVERY, nesterov=True), {}),
     "DiLoCo": (DiLoCo(SYNC_EVERY), {"adam": True}),
+    "an average in flight": (SlowMo(sync_every=SYNC_EVERY, overlap=2), {"momentum": 0.9, "warm_up": 6}),
+    "a fragment in flight": (LocalSGD(4, overlap=1, fragments=2), {"momentum": 0.9}),
+    "streaming DiLoCo": (DiLoCo(4, overlap=1, fragments=2), {"adam": True}),
 }
 
 

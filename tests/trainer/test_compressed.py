@@ -13,6 +13,8 @@ from lightning_slowmo import (
     DiLoCo,
     Engine,
     Gossip,
+    SensedSGD,
+    SketchedSGD,
     SlowMo,
     SlowMoStrategy,
     SQuARM,
@@ -29,16 +31,19 @@ ALGORITHMS = {
     "slowmo": SlowMo(sync_every=3, compressor=TopK(0.2)),
     "squarm": SQuARM("ring", 2, Sign(), 0.3, Threshold(0.5)),
     "apmsqueeze": APMSqueeze(5),
+    "sketched": SketchedSGD(k=3, columns=4, dense_below=5),
+    "sensed": SensedSGD(0.5, 0.1, dense_below=5),
 }
+OPTIMIZERS = {"apmsqueeze": {"adam": True}, "sketched": {"momentum": 0.0}, "sensed": {"momentum": 0.0}}
 
 
 def interrupted_and_not(rank, size, folder):
     """Four epochs at once, and two and two; the checkpoint lies in the middle of a period."""
     models = {}
     for name, algorithm in ALGORITHMS.items():
-        adam = name == "apmsqueeze"
         path = f"{folder}/{name}.ckpt"
-        whole, first, second = (Regression(momentum=0.9, adam=adam, lr=0.02) for _ in range(3))
+        optimizer = {"momentum": 0.9} | OPTIMIZERS.get(name, {})
+        whole, first, second = (Regression(lr=0.02, **optimizer) for _ in range(3))
         trainer(size, SlowMoStrategy(algorithm), max_epochs=4).fit(whole, data(rank))
         half = trainer(size, SlowMoStrategy(algorithm), max_epochs=4, max_steps=16, callbacks=[SaveAt(path)])
         half.fit(first, data(rank))

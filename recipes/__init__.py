@@ -1,0 +1,1 @@
+"""The papers' experiments: what ``conf/`` configures and ``python -m recipes.train`` runs."""

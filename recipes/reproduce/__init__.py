@@ -1,0 +1,1 @@
+"""All runs of a table, one after another or as jobs of a cluster: ``python -m recipes.reproduce --help``."""
