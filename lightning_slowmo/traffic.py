@@ -287,9 +287,10 @@ def _(algorithm: SQuARM, layout: Layout, workers: int) -> float:
 
 @syncs.register
 def _(algorithm: APMSqueeze, layout: Layout, workers: int) -> list[Sync]:
-    mean = compressed_mean(layout, workers, algorithm.compressor, "two_shot", feedback=True)
+    small, large = _by_size(layout, algorithm.uncompressed_below)
+    mean = compressed_mean(large, workers, algorithm.compressor, "two_shot", feedback=True)
     mean = replace(mean, handled=TWICE * mean.handled)  # momentum in and out, and the preconditioned step
-    return [together(1, header(workers), header(workers, 1), mean)]
+    return [together(1, header(workers), header(workers, 1), all_reduce(small, workers), mean)]
 
 
 @state_numel.register
@@ -297,12 +298,16 @@ def _(algorithm: APMSqueeze, layout: Layout, workers: int) -> float:
     return layout.numel * (4 + 1 / workers)  # anchor, momentum, second moment, and what messages have left out
 
 
+def _by_size(layout: Layout, below: int) -> tuple[Layout, Layout]:
+    """The layouts of the tensors of fewer elements, and of the others."""
+    parts = ([p for p in layout.parameters if (p.numel() < below) == is_small] for is_small in (True, False))
+    small, large = (Layout([part]) for part in parts)
+    return small, large
+
+
 def _dense_and_sparse(algorithm: SketchedSGD | SensedSGD, layout: Layout, workers: int) -> tuple[Sync, Layout]:
     """What both exchange of small tensors and of who has gradients, and the layout of the large tensors."""
-    small, large = (
-        Layout([[p for p in layout.parameters if (p.numel() >= algorithm.dense_below) == is_large]])
-        for is_large in (False, True)
-    )
+    small, large = _by_size(layout, algorithm.dense_below)
     flags = header(workers, 3 + len(layout.parameters))
     return together(1, header(workers), flags, all_reduce(small, workers)), large
 
