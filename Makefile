@@ -11,7 +11,7 @@ extras-dev := dev
 extras-everything := dev,translation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test faults lint format clean
+.PHONY: help setup quickstart test translation faults lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four str
 
 test: lint  ## lint, type-check, and run all tests but the slow ones
 	$(BIN)/python -m pytest -m "not faults"
+
+translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
+	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py
 
 faults: .venv/dev.stamp  ## run the slow tests: workers that die, wait and fail
 	$(BIN)/python -m pytest -m faults
