@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.gossip_accuracy import load_images, prepare
+from benchmarks.accuracy import load_images, prepare
 
 CLASSES = 10
 
