@@ -18,7 +18,6 @@ import math
 import statistics
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, Engine, SlowMo, Workers
 from lightning_slowmo.compression import QSGD, SignTopK
-from tests.harness import run
+from tests.harness import WorkerFailed, run
 
 SPLITS = ("train", "test")
 
@@ -217,6 +216,30 @@ def train(rank: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
     return looks
 
 
+def looks_of(size: int, task: Task, row: Row, seed: int, limit: float) -> list[dict[str, float]]:
+    """Train on fresh processes; no looks if it diverged."""
+    try:
+        return run(size, train, task, row, seed, limit=limit)[0]
+    except WorkerFailed as error:
+        if "finite" not in str(error):
+            raise
+        return []
+
+
+def earlier(path: Path | None, described: dict[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
+    """What a file holds of the same task already.
+
+    Raises:
+        SystemExit: if it is of another task.
+    """
+    if path is None or not path.exists():
+        return {}
+    saved = json.loads(path.read_text())
+    if saved["task"] != described:
+        raise SystemExit(f"{path} holds another task, {saved['task']}; name another file.")
+    return saved["results"]
+
+
 # Results --------------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +247,9 @@ def table(results: dict[str, list[list[dict[str, float]]]]) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     lines = ["| | accuracy, % | MB sent per worker |", "|---|---|---|"]
     for name, seeds in results.items():
+        if not all(seeds):
+            lines.append(f"| {name} | diverged with {sum(not looks for looks in seeds)} of {len(seeds)} seeds | |")
+            continue
         last = [looks[-1]["accuracy"] for looks in seeds]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
         lines.append(f"| {name} | {statistics.mean(last):.2f} ± {spread:.2f} | {seeds[0][-1]['mb']:.2f} |")
@@ -231,7 +257,7 @@ def table(results: dict[str, list[list[dict[str, float]]]]) -> str:
 
 
 def plot(results: dict[str, list[list[dict[str, float]]]], path: Path, title: str) -> None:
-    """Draw accuracy over MB, the mean over seeds; the end of each curve is labelled by its number in the legend."""
+    """Draw accuracy over MB: the mean over the seeds, with their spread at the end. What diverged is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,6 +266,8 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: Path, title: st
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     colors = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, (name, seeds) in enumerate(results.items()):
+        if not all(seeds):
+            continue
         points = [
             [statistics.mean(seed[i][key] for seed in seeds) for key in ("mb", "accuracy")]
             for i in range(len(seeds[0]))
@@ -266,33 +294,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=16, help="examples per worker and step")
     parser.add_argument("--lr", type=float, default=0.05, help="of SGD")
-    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--adam-lr", type=float, default=0.001)
     parser.add_argument("--looks", type=int, default=10, help="how often the consensus is tested")
     parser.add_argument("--look-at", type=int, default=2000, help="test images for all looks but the last")
     parser.add_argument("--sync-every", type=int, default=12, help="steps between slow updates")
     parser.add_argument("--slow-momentum", type=float, default=0.5)
     parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--json", type=Path, help="where to write all looks")
+    parser.add_argument("--json", type=Path, help="where to write all looks, and to go on from what is there")
     parser.add_argument("--plot", type=Path, help="where to draw accuracy over MB")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one run")
     a = parser.parse_args()
-    results: dict[str, list[Any]] = {}
+    what = a.data.name.split(".")[0] if a.data else "digits"
     with tempfile.TemporaryDirectory() as folder:
-        load_images(a.data, Path(folder)) if a.data else load_digits(Path(folder))
         rates = {"sgd": a.lr, "adam": a.adam_lr}
         task = Task(folder, a.steps, a.batch, rates, a.looks, a.look_at, a.sync_every, a.slow_momentum)
+        described = asdict(task) | {"folder": what, "workers": a.workers}
+        results = earlier(a.json, described)
+        load_images(a.data, Path(folder)) if a.data else load_digits(Path(folder))
         lines = {name: row for name, row in rows(a.family, task).items() if not a.only or name in a.only}
-        start = time.perf_counter()
-        bar = tqdm([(name, seed) for name in lines for seed in range(a.seeds)], unit="run")
-        for name, seed in bar:
+        for name, row in (bar := tqdm(lines.items(), unit="row")):
             bar.set_postfix_str(name)
-            results.setdefault(name, []).append(run(a.workers, train, task, lines[name], seed, limit=a.limit)[0])
-    seconds = time.perf_counter() - start
-    what = a.data.name.split(".")[0] if a.data else "digits"
+            seeds = results.setdefault(name, [])
+            for seed in range(len(seeds), a.seeds):
+                seeds.append(looks_of(a.workers, task, row, seed, a.limit))
+                if a.json:
+                    a.json.write_text(json.dumps({"task": described, "results": results}, indent=1))
     title = f"{what}: {a.workers} workers, {a.steps} steps of {a.batch} examples each, {a.seeds} seeds"
-    print(f"{title}, learning rates {rates} ({seconds:.0f} s)\n\n{table(results)}")
-    if a.json:
-        a.json.write_text(json.dumps({"task": asdict(task) | {"folder": what}, "results": results}, indent=1))
+    print(f"{title}, learning rates {rates}\n\n{table(results)}")
     if a.plot:
         plot(results, a.plot, title)
 
