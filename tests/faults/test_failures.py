@@ -159,7 +159,9 @@ def fit_otherwise(rank, difference):
 
 
 DIFFERENCES = {
-    "different algorithm": "The algorithm differs between workers: rank 0 has 'LocalSGD(sync_every=4)', rank 1 has",
+    "different algorithm": (
+        "The algorithm differs between workers: rank 0 has 'LocalSGD(sync_every=4, overlap=0, fragments=1)', rank 1 has"
+    ),
     "different model": "The model differs between workers: rank 0 has",
     "different frozen parameters": "The model differs between workers: rank 0 has",
     "different script": "The workers came together for different reasons: rank 0 epoch start, rank 1 save",
