@@ -93,7 +93,7 @@ def mistakes(rank):
         "other width": (LocalSGD(), Counted(hidden=4 + rank), "The model differs between workers"),
         "other freezing": (LocalSGD(), Counted() if first else OneFrozen(), "The model differs between workers"),
         "other optimizer": (LocalSGD(), Counted() if first else OtherOptimizer(), "The model differs between workers"),
-        "other period": (LocalSGD(4 + rank), Counted(), "LocalSGD(sync_every=4)"),
+        "other period": (LocalSGD(4 + rank), Counted(), "LocalSGD(sync_every=4,"),
         "other algorithm": (LocalSGD() if first else SlowMo(), Counted(), "The algorithm differs between workers"),
         "all frozen": (LocalSGD(), Frozen(), "There is nothing to train"),
         "empty": (LocalSGD(), Empty(), "There is nothing to train"),
