@@ -272,12 +272,14 @@ class Workers:
         """Wait, and look from time to time whether somebody has failed who would never come."""
         start = time.monotonic()
         while True:
+            # Asked before: work that ends while an exception says it has not is waited for once more.
+            ended = work.is_completed()
             try:
                 work.wait(LOOK_EVERY)
                 return
             except RuntimeError as error:
                 waited = timedelta(seconds=time.monotonic() - start)
-                if work.is_completed() or waited >= self.timeout or self._somebody_failed():
+                if ended or waited >= self.timeout or self._somebody_failed():
                     raise self._absence(purpose, error, lost=waited < self.timeout * 0.9) from error
 
     def _somebody_failed(self) -> bool:

@@ -122,3 +122,33 @@ def test_whoever_failed_is_named_with_its_reason():
     message = run(2, failing)[0]
     assert "rank 1 failed: OutOfMemoryError: on purpose" in message
     assert "the sum of the parameters" in message
+
+
+class EndsAsPatienceDoes:
+    """Work that ends just after a look at it has been given up: what a busy machine makes of any."""
+
+    ended = False
+
+    def is_completed(self) -> bool:
+        return self.ended
+
+    def wait(self, timeout: timedelta) -> None:
+        if not self.ended:
+            self.ended = True
+            raise RuntimeError("Operation timed out!")
+
+
+class EndsInFailure(EndsAsPatienceDoes):
+    """The same, but it has failed."""
+
+    def wait(self, timeout: timedelta) -> None:
+        super().wait(timeout)
+        raise RuntimeError("Connection closed by peer")
+
+
+@on_workers(2)
+def test_headers_that_come_as_patience_ends_have_come(workers):
+    workers._wait_for_headers(EndsAsPatienceDoes(), "a test")
+    if workers.rank == 0:  # whoever has failed need not be asked twice
+        with pytest.raises(SyncError, match="Connection closed by peer"):
+            workers._wait_for_headers(EndsInFailure(), "a test")
