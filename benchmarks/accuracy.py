@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import math
+import random
 import statistics
 import tarfile
 import tempfile
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, Engine, SlowMo, Workers
-from lightning_slowmo.compression import QSGD, SignTopK
+from lightning_slowmo.compression import QSGD, Sign, SignTopK
 from tests.harness import WorkerFailed, run
 
 SPLITS = ("train", "test")
@@ -80,6 +81,7 @@ def rows(family: str, task: Task) -> dict[str, Row]:
             for name, base in pairs
             for suffix in ("", " + slowmo")
         }
+    warmup = max(1, task.steps // 5)
     names = ("local_sgd", "qprsgd", "qprsgd_gossip", "choco_sgd", "squarm_sgd")
     return {
         "ddp": Row(PRESETS["allreduce"]),
@@ -91,7 +93,8 @@ def rows(family: str, task: Task) -> dict[str, Row]:
         "sketched_sgd": Row(PRESETS["sketched_sgd"], "plain"),
         "sensed_sgd": Row(PRESETS["sensed_sgd"], "plain"),
         "ddp, Adam": Row(PRESETS["allreduce"], "adam"),
-        "apmsqueeze": Row(APMSqueeze(warmup_steps=max(1, task.steps // 5)), "adam"),
+        "apmsqueeze": Row(APMSqueeze(warmup), "adam"),
+        "apmsqueeze, l1 scale": Row(APMSqueeze(warmup, Sign("l1")), "adam"),
     }
 
 
@@ -122,6 +125,7 @@ def load_images(path: Path, folder: Path) -> None:
                 found[parts[-3]].append((parts[-2], np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))))
     classes = sorted({name for name, _ in found["train"]})
     for split, rows in found.items():
+        random.Random(0).shuffle(rows)  # a tar goes class by class, and some looks take the first images alone
         images = torch.from_numpy(np.stack([image for _, image in rows])).permute(0, 3, 1, 2)
         torch.save((images, torch.tensor([classes.index(name) for name, _ in rows])), folder / f"{split}.pt")
 

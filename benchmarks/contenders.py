@@ -146,6 +146,6 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
         lambda: PeriodicAveraging(s.sync_every), LocalSGD(s.sync_every), period=s.sync_every
     ),
     **{name: lambda s, preset=preset: ours(adapted(preset, s)) for name, preset in PRESETS.items()},
-    "slowmo_overlap": lambda s: ours(SlowMo(sync_every=s.sync_every, overlap=4)),
+    "slowmo_overlap": lambda s: ours(SlowMo(sync_every=s.sync_every, overlap=s.sync_every - 1)),
 }
 """Every row, by name. ``compute`` trains each worker alone, all at once: the share of the machine that a step gets."""

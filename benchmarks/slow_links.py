@@ -66,6 +66,10 @@ LEAST_WARMUP = 4
 """Steps that are not measured, at least: whole periods of those rows that have one."""
 
 
+CALM = 1e-6
+"""The learning rate where only time is measured, which it does not change: nothing diverges at it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of the Trainer on all hosts.
@@ -167,7 +171,9 @@ def train(rank: int, namespaces: list[str], folder: str, job: Job, progress: Any
         callbacks=[Clock()],
     )
     data = loader(Batches(path, rank, size, job.batch, job.seed))
-    module = Classifier(job.lr, job.steps if job.evaluate_every else None, job.seed, row.plain)
+    module = Classifier(
+        job.lr if job.evaluate_every else CALM, job.steps if job.evaluate_every else None, job.seed, row.plain
+    )
     trainer.fit(module, data, loader(questions) if job.evaluate_every else None)
     return outcome
 
