@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 import importlib.util
 import pickle
 import random
@@ -459,10 +458,6 @@ def test_validate_hears_of_workers_that_were_given_different_graphs():
 
 
 # Documentation.
-
-
-def test_examples_run():
-    assert doctest.testmod(topology).failed == 0
 
 
 @pytest.mark.parametrize(
