@@ -27,6 +27,7 @@ from lightning_slowmo.algorithms.feedback import Feedback
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.communication import compressed
 from lightning_slowmo.communication.collectives import Drift
+from lightning_slowmo.communication.pipeline import Exchange, pipeline
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import QSGD, Compressor, seeded_generator
 from lightning_slowmo.parameters import Block, Bucket, Layout
@@ -143,12 +144,13 @@ class RunningQPRSGD(Running):
         """Average as well as the compressor can, the same on all workers to the last bit."""
         drift = Drift(self.layout.numel)
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
-        for index, bucket in enumerate(self.layout.buckets):
+
+        def exchange(index: int, bucket: Bucket) -> Exchange[None]:
             flat = bucket.pack(self.scratch.take(bucket))
             local, anchor = drift.sample(flat), bucket.of(self.anchor)
             differs = self.config.message == "difference"
             message = flat - bucket.rounded(anchor) if differs else flat
-            mean = self._mean(index, bucket, message, generator_on(bucket.device), round.weights)
+            mean = yield from self._mean(index, bucket, message, generator_on(bucket.device), round.weights)
             if differs:
                 mean.add_(anchor)
             drift.compare(local, mean, 1.0)
@@ -157,13 +159,15 @@ class RunningQPRSGD(Running):
                     then(block, values, 1.0)
             anchor.copy_(mean)
             bucket.unpack(mean)
+
+        pipeline(exchange(index, bucket) for index, bucket in enumerate(self.layout.buckets))
         self.syncs += 1
         self.pending = 0
         return drift.value()
 
     def _mean(
         self, index: int, bucket: Bucket, message: Tensor, generator: torch.Generator, weights: list[float]
-    ) -> Tensor:
+    ) -> Exchange[Tensor]:
         arguments = (self.workers, message, bucket.segments, self.config.compressor, generator, weights)
         if self.config.transport == "ring":
             return compressed.ring(*arguments)

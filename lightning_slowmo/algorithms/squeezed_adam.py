@@ -27,9 +27,10 @@ from lightning_slowmo.algorithms.feedback import Feedback
 from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
 from lightning_slowmo.communication import compressed
 from lightning_slowmo.communication.collectives import Drift, average_tensors
+from lightning_slowmo.communication.pipeline import Exchange, pipeline
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, Sign
-from lightning_slowmo.parameters import Layout
+from lightning_slowmo.parameters import Bucket, Layout
 
 STABLE = 0.96
 """``warmup_steps="auto"`` ends the warm-up when |v| has changed by no more than this ratio in 1 / (1 - beta2) steps."""
@@ -236,15 +237,17 @@ class RunningAPMSqueeze(RunningAllReduce):
         """Replace the momentum by the compressed mean of the workers' momenta."""
         drift = Drift(self.layout.numel)
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
-        for index, bucket in enumerate(self.layout.buckets):
+
+        def exchange(index: int, bucket: Bucket) -> Exchange[None]:
             flat, known = bucket.of(message), bucket.of(self.variance) != 0
             local = drift.sample(flat)
             if self._is_small(bucket.spans[0][0]):  # and so are all in this bucket
                 total = self.workers.sum(flat, round.weights)
+                yield
                 mean = total.wait().div_(total.weight)
             else:
                 residual, owner = bucket.of(self.feedback.worker), self.feedback.owner[index]
-                mean = compressed.two_shot(
+                mean = yield from compressed.two_shot(
                     self.workers,
                     flat,
                     bucket.segments,
@@ -260,6 +263,8 @@ class RunningAPMSqueeze(RunningAllReduce):
                 owner.mul_(own.of(known))
             drift.compare(local, mean, 1.0)
             bucket.of(self.momentum).copy_(mean.mul_(known))
+
+        pipeline(exchange(index, bucket) for index, bucket in enumerate(self.layout.buckets))
         return drift.value()
 
     def _write_back(self) -> None:

@@ -9,10 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_slowmo.communication.compressed import chunks, mean_bytes, ring, two_shot
+from lightning_slowmo.communication.pipeline import pipeline
 from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK, seeded_generator
 from tests.on_workers import on_workers
 
-TRANSPORTS = {"ring": ring, "two_shot": two_shot}
+EXCHANGES = {"ring": ring, "two_shot": two_shot}
+TRANSPORTS = {
+    name: lambda *arguments, exchange=exchange, **options: pipeline([exchange(*arguments, **options)])[0]
+    for name, exchange in EXCHANGES.items()
+}
 SEGMENTS = [(0,), (1,), (7,), (8,), (9,), (3, 0, 5, 1), (100, 33)]
 COMPRESSORS = [Identity(), Sign("l2"), QSGD(3, norm="max", bucket=16), TopK(0.3), SignTopK(0.2), RandomK(0.5), Cast()]
 
@@ -36,6 +41,14 @@ def test_without_compression_it_is_the_weighted_mean(workers, case):
             expected = shares @ everyones(workers, flat) / shares.sum()
             np.testing.assert_allclose(mean.numpy(), expected, rtol=0, atol=1e-14)
             assert torch.equal(flat, before)
+
+
+@on_workers(1, 2, 3, 4, each=list(TRANSPORTS))
+def test_many_vectors_in_a_pipeline_get_what_each_gets_alone(workers, case):
+    vectors = [vector(workers.rank, 20 + 7 * index, seed=index) for index in range(5)]
+    alone = [TRANSPORTS[case](workers, flat, flat.shape, Sign("l1")) for flat in vectors]
+    together = pipeline(EXCHANGES[case](workers, flat, flat.shape, Sign("l1")) for flat in vectors)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 @on_workers(2, 3, each=list(TRANSPORTS))
@@ -126,7 +139,7 @@ def test_what_is_left_out_is_sent_later_on_both_sides(workers, case):
     generator = seeded_generator(2, workers.rank)
     for step in range(steps):
         flat = vector(workers.rank, 33, step)
-        sent += two_shot(workers, flat, segments, case, generator, None, residual, owner)
+        sent += TRANSPORTS["two_shot"](workers, flat, segments, case, generator, None, residual, owner)
         wanted += flat
     whole = residual / workers.size
     whole[own.start : own.stop] += owner
