@@ -85,11 +85,11 @@ class RunningEstimates(Running):
         senders = [(peer, weight) for peer, weight in plan.receives if speaks[peer]]
         delivery = exchange(self.workers, payload, receivers, senders)
         if speaks[rank]:  # what the others decode, while it travels
-            own = compressor.decompress(payload, segments, x.dtype)
-            estimate.add_(own)
-            mixed.add_(own, alpha=plan.self_weight)
+            own = compressor.decode(payload, segments, x.dtype)
+            own.add_to(estimate)
+            own.add_to(mixed, plan.self_weight)
         for message, weight in delivery.messages():
-            mixed.add_(compressor.decompress(message, segments, x.dtype), alpha=weight)
+            compressor.decode(message, segments, x.dtype).add_to(mixed, weight)
 
     def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
         """Exact average, from which gossip begins anew: everybody knows it."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ Layout = list[tuple[torch.dtype, int]]
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that holds scales, residuals and intermediate results for values of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Decoded(NamedTuple):
+    """What a payload says of a vector.
+
+    Attributes:
+        values: its elements, or some of them; the others are 0.
+        places: which ones, int64, each once; None for all.
+    """
+
+    values: Tensor
+    places: Tensor | None = None
+
+    def add_to(self, vector: Tensor, alpha: float = 1.0) -> None:
+        """Add ``alpha`` times the decoded vector, at a cost of the elements that it tells of."""
+        if self.places is None:
+            vector.add_(self.values, alpha=alpha)
+        else:
+            vector.index_add_(0, self.places, self.values, alpha=alpha)
 
 
 class Compressor(ABC):
@@ -115,14 +135,8 @@ class Compressor(ABC):
             ValueError: if the payload's or ``out``'s type or size does not fit.
         """
         segments = tuple(segments)
+        fields = self._checked_fields(payload, segments, dtype)
         shape = (sum(segments),)
-        _check_dtype(dtype)
-        expected = self.payload_bytes(segments, dtype)
-        if payload.dtype != torch.uint8 or payload.shape != (expected,):
-            raise ValueError(
-                f"payload is {payload.dtype} of shape {tuple(payload.shape)}, but {self} makes uint8 of shape "
-                f"({expected},) from {shape[0]} elements of {dtype}"
-            )
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=payload.device)
         elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
@@ -130,14 +144,27 @@ class Compressor(ABC):
                 f"out is {out.dtype} of shape {tuple(out.shape)}, expected contiguous {dtype} of shape {shape}"
             )
         if out.numel():
-            # Fields are read in place, which a slice of a receive buffer may not allow.
-            aligned = payload.is_contiguous() and payload.storage_offset() % 8 == 0 and payload.data_ptr() % 8 == 0
-            fields = self._fields(payload if aligned else payload.clone(), segments, dtype)
             exact = out if out.dtype == compute_dtype(dtype) else torch.empty_like(out, dtype=compute_dtype(dtype))
             self._decode(fields, segments, dtype, exact)
             if exact is not out:
                 out.copy_(exact)
         return out
+
+    def decode(self, payload: Tensor, segments: Sequence[int], dtype: torch.dtype = torch.float32) -> Decoded:
+        """Decode a payload to what it says, which may be less than a whole vector; otherwise as :meth:`decompress`."""
+        return Decoded(self.decompress(payload, segments, dtype))
+
+    def _checked_fields(self, payload: Tensor, segments: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        _check_dtype(dtype)
+        expected = self.payload_bytes(segments, dtype)
+        if payload.dtype != torch.uint8 or payload.shape != (expected,):
+            raise ValueError(
+                f"payload is {payload.dtype} of shape {tuple(payload.shape)}, but {self} makes uint8 of shape "
+                f"({expected},) from {sum(segments)} elements of {dtype}"
+            )
+        # Fields are read in place, which a slice of a receive buffer may not allow.
+        aligned = payload.is_contiguous() and payload.storage_offset() % 8 == 0 and payload.data_ptr() % 8 == 0
+        return self._fields(payload if aligned else payload.clone(), segments, dtype)
 
     def _fields(self, payload: Tensor, segments: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         fields, begin = [], 0

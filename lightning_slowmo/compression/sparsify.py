@@ -1,5 +1,6 @@
 """Few elements of each tensor: the largest, or random ones. What is kept may be compressed further."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -8,7 +9,14 @@ from math import ceil, sqrt
 import torch
 from torch import Tensor
 
-from lightning_slowmo.compression.base import Compressor, Layout, require_finite, variance_contraction
+from lightning_slowmo.compression.base import (
+    Compressor,
+    Decoded,
+    Layout,
+    compute_dtype,
+    require_finite,
+    variance_contraction,
+)
 from lightning_slowmo.compression.hashing import hashed
 from lightning_slowmo.compression.indices import decode_indices, encode_indices, index_bytes, nonzero
 from lightning_slowmo.compression.quantize import Identity
@@ -59,6 +67,24 @@ class _Sparsifier(Compressor):
         places = index_bytes(sum(segments), sum(counts))
         return [(torch.uint8, self.values.payload_bytes(counts, dtype)), (torch.uint8, places)]
 
+    def decode(self, payload: Tensor, segments: Sequence[int], dtype: torch.dtype = torch.float32) -> Decoded:
+        """The elements that were kept."""
+        segments = tuple(segments)
+        fields = self._checked_fields(payload, segments, dtype)
+        if not sum(segments):
+            return super().decode(payload, segments, dtype)
+        decoded = self._kept_elements(fields, segments, dtype)
+        return Decoded(decoded.values.to(dtype), decoded.places)
+
+    def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
+        values, places = self._kept_elements(fields, segments, dtype)
+        assert places is not None
+        out.zero_().index_copy_(0, places, values.to(out.dtype))
+
+    @abstractmethod
+    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
+        """Read the fields of a payload that is not empty."""
+
     def _counts(self, segments: Sequence[int]) -> tuple[int, ...]:
         return tuple(map(self.kept, segments))
 
@@ -96,11 +122,11 @@ class TopK(_Sparsifier):
         payload.copy_(self.values.compress(flat.index_select(0, indices), counts, generator))
         encode_indices(indices, flat.numel(), places)
 
-    def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
+    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
         payload, places = fields
         counts = self._counts(segments)
-        indices = decode_indices(places, out.numel(), sum(counts))
-        out.zero_().index_copy_(0, indices, self.values.decompress(payload, counts, dtype).to(out.dtype))
+        values = self.values.decompress(payload, counts, dtype)
+        return Decoded(values, decode_indices(places, sum(segments), sum(counts)))
 
 
 @dataclass(frozen=True)
@@ -181,14 +207,14 @@ class RandomK(_Sparsifier):
         values = flat.index_select(0, self._indices(seed, segments))
         payload.copy_(self.values.compress(values, self._counts(segments), generator))
 
-    def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
+    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
         seed, payload = fields
         counts = self._counts(segments)
-        values = self.values.decompress(payload, counts, dtype).to(out.dtype)
+        values = self.values.decompress(payload, counts, dtype).to(compute_dtype(dtype))
         if self.rescale:
             gains = [length / count if count else 1.0 for length, count in zip(segments, counts, strict=True)]
-            values *= torch.tensor(gains, dtype=out.dtype).repeat_interleave(torch.tensor(counts)).to(out.device)
-        out.zero_().index_copy_(0, self._indices(seed, segments), values)
+            values *= torch.tensor(gains, dtype=values.dtype).repeat_interleave(torch.tensor(counts)).to(values.device)
+        return Decoded(values, self._indices(seed, segments))
 
     def _indices(self, seed: Tensor, segments: tuple[int, ...]) -> Tensor:
         """Places of the kept elements, a function of the seed alone."""

@@ -85,6 +85,9 @@ def test_size_type_and_determinism(compressor, segments, dtype, seed):
     out = torch.full_like(decoded, float("nan"))
     assert compressor.decompress(payload, segments, dtype, out=out) is out
     assert torch.equal(out, decoded)
+    # What it says can be added without making a vector of it.
+    compressor.decode(elsewhere, segments, dtype).add_to(out, 0.5)
+    assert torch.equal(out, decoded.add(decoded, alpha=0.5))
 
 
 @every_compressor
@@ -153,6 +156,8 @@ def test_arguments_that_do_not_fit_are_refused(compressor):
     payload = compressor.compress(torch.ones(8), None, generator)
     with pytest.raises(ValueError, match="payload is"):
         compressor.decompress(payload[:-1], (8,))
+    with pytest.raises(ValueError, match="payload is"):
+        compressor.decode(payload[:-1], (8,))
     with pytest.raises(ValueError, match="payload is"):
         compressor.decompress(payload.view(torch.int8), (8,))
     with pytest.raises(ValueError, match="out is"):
