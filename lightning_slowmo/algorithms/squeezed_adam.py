@@ -89,6 +89,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         momentum: m, equal on all workers.
         variance: v_Tw, bias-corrected: divided by 1 - beta2^T_w. Where no gradient ever came it is 0, and nothing
             moves.
+        unknown: for each bucket, where the second moment is 0; None if nowhere.
         steps: Adam's step count of each parameter.
         feedback: what messages have left out.
         syncs: compressed steps so far.
@@ -117,6 +118,7 @@ class RunningAPMSqueeze(RunningAllReduce):
 
     def _allocate(self, layout: Layout) -> None:
         self.anchor, self.momentum, self.variance = layout.snapshot(), layout.zeros(), layout.zeros()
+        self.unknown: list[Tensor | None] = []
         self.steps = [0.0] * len(layout.parameters)
         self.feedback = Feedback(layout, self.workers)
 
@@ -187,7 +189,12 @@ class RunningAPMSqueeze(RunningAllReduce):
         average_tensors(self.layout.parameters, self.workers, weights)
         self.anchor = self.layout.snapshot()
         self.freezing, self.frozen = False, True
+        self._find_unknown()
         self._write_back()
+
+    def _find_unknown(self) -> None:
+        zeros = [bucket.of(self.variance) == 0 for bucket in self.layout.buckets]
+        self.unknown = [zero if bool(zero.any()) else None for zero in zeros]
 
     # Compressed steps -------------------------------------------------------------------------------------------------
 
@@ -228,8 +235,7 @@ class RunningAPMSqueeze(RunningAllReduce):
             self.steps[index] += 1
             if _decoupled(self.optimizer, group):
                 x.mul_(1 - rate * group["weight_decay"])
-            step = m / v.sqrt().add_(group["eps"])
-            x.sub_(step, alpha=rate / (1 - beta1 ** self.steps[index]))
+            x.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-rate / (1 - beta1 ** self.steps[index]))
         self._write_back()
         return SyncReport(drift=drift)
 
@@ -239,7 +245,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
 
         def exchange(index: int, bucket: Bucket) -> Exchange[None]:
-            flat, known = bucket.of(message), bucket.of(self.variance) != 0
+            flat, unknown = bucket.of(message), self.unknown[index]
             local = drift.sample(flat)
             if self._is_small(bucket.spans[0][0]):  # and so are all in this bucket
                 total = self.workers.sum(flat, round.weights)
@@ -257,12 +263,15 @@ class RunningAPMSqueeze(RunningAllReduce):
                     residual,
                     owner,
                 )
-                # One bit cannot say zero: where there is no second moment, noise would be divided by nothing.
-                own = compressed.chunks(bucket.segments, self.workers.size)[self.workers.rank]
-                residual.mul_(known)
-                owner.mul_(own.of(known))
+                if unknown is not None:
+                    # One bit cannot say zero: where there is no second moment, noise would be divided by nothing.
+                    own = compressed.chunks(bucket.segments, self.workers.size)[self.workers.rank]
+                    residual.masked_fill_(unknown, 0)
+                    owner.masked_fill_(own.of(unknown), 0)
             drift.compare(local, mean, 1.0)
-            bucket.of(self.momentum).copy_(mean.mul_(known))
+            if unknown is not None:
+                mean.masked_fill_(unknown, 0)
+            bucket.of(self.momentum).copy_(mean)
 
         pipeline(exchange(index, bucket) for index, bucket in enumerate(self.layout.buckets))
         return drift.value()
@@ -302,6 +311,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         self.feedback = feedback.moved_to(layout)
         self.steps = [old_steps.get(id(p), 0.0) for p in layout.parameters]
         super().relayout(layout)
+        self._find_unknown()
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -330,6 +340,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         self.freezing, self.frozen, self.previous_norm = state["freezing"], state["frozen"], state["previous_norm"]
         for name in ("anchor", "momentum", "variance"):
             copy_state(self.layout.per_parameter(getattr(self, name)), state[name], name)
+        self._find_unknown()
         self.feedback.set_total(state["residual"])
 
     def load_local_state(self, state: dict[str, Any]) -> None:

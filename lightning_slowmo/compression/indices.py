@@ -11,6 +11,7 @@ References:
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,13 +61,10 @@ def decode_indices(packed: Tensor, length: int, count: int) -> Tensor:
 
 
 def nonzero(mask: Tensor) -> Tensor:
-    """Positions of the nonzero bytes of a 1-D tensor, in order; several times as fast as torch's where they are few."""
-    whole = mask.numel() // 8 * 8
-    words = mask[:whole].view(torch.int64) if mask.storage_offset() % 8 == 0 else mask[:whole].clone().view(torch.int64)
-    hits = torch.nonzero(words).view(-1)
-    found = torch.nonzero(words[hits].view(torch.uint8)).view(-1)
-    rest = torch.nonzero(mask[whole:]).view(-1).add_(whole)
-    return torch.cat([hits[found >> 3].mul_(8).add_(found & 7), rest])
+    """Positions of the ones of a 1-D ``uint8`` tensor of ones and zeros, in order."""
+    if mask.device.type != "cpu":
+        return torch.nonzero(mask).view(-1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy().view(bool)))  # two to four times as fast as torch's
 
 
 def _encode_bitmap(positions: Tensor, length: int, out: Tensor) -> None:

@@ -266,7 +266,7 @@ def _candidates(values: Tensor, k: int) -> Tensor | None:
     rank = min(ceil(expected + 4 * sqrt(expected) + 4), sample)  # four standard deviations: few samples mislead
     threshold = torch.topk(values.index_select(0, places).abs(), rank, sorted=False).values.amin()
     sparse = not threshold  # nearly all are zero: take what is not
-    mask = torch.empty(length, dtype=torch.int8, device=device)
+    mask = torch.empty(length, dtype=torch.uint8, device=device)
     block = block_length(device)
     scratch = torch.empty(min(block, length), dtype=values.dtype, device=device)
     for start in range(0, length, block):
