@@ -20,10 +20,10 @@ COMPRESSORS = [
     Identity(),
     Sign("l1"),
     Sign("l2"),
-    SignTopK(0.01),
+    SignTopK(0.05),
     TopK(0.1),
     TopK(0.1, values=QSGD(4, norm="max")),
-    RandomK(0.1),
+    RandomK(0.3),
     QSGD(4, norm="max", bucket=512),
     QSGD(3, contractive=True),
 ]
