@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="a multiple of 10, in which SlowMo has whole periods")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.steps < 10 or arguments.steps % 10:
+        parser.error(f"--steps must be a multiple of 10, the period of SlowMo's rows; got {arguments.steps}")
     if "OVERLAP_NAMESPACE" not in os.environ:
         command = ["unshare", "--net", sys.executable, "-m", "benchmarks.overlap", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=os.environ | {"OVERLAP_NAMESPACE": "1"}).returncode)

@@ -307,7 +307,7 @@ def _by_size(layout: Layout, below: int) -> tuple[Layout, Layout]:
 
 def _dense_and_sparse(algorithm: SketchedSGD | SensedSGD, layout: Layout, workers: int) -> tuple[Sync, Layout]:
     """What both exchange of small tensors and of who has gradients, and the layout of the large tensors."""
-    small, large = _by_size(layout, algorithm.dense_below)
+    small, large = _by_size(layout, algorithm.uncompressed_below)
     flags = header(workers, 3 + len(layout.parameters))
     return together(1, header(workers), flags, all_reduce(small, workers)), large
 

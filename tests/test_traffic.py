@@ -50,8 +50,8 @@ OTHERS = {
     "overlap": SlowMo(sync_every=PERIOD, overlap=2),
     "fragments": LocalSGD(PERIOD, fragments=2),
     "apmsqueeze, small tensors in full": APMSqueeze(3, uncompressed_below=200),
-    "sketched, all exact": SketchedSGD(k=0.5, candidates=2, dense_below=0),
-    "sensed, one transform": SensedSGD(iterations=0, block=256, dense_below=200),
+    "sketched, all exact": SketchedSGD(k=0.5, candidates=2, uncompressed_below=0),
+    "sensed, one transform": SensedSGD(iterations=0, block=256, uncompressed_below=200),
 }
 
 

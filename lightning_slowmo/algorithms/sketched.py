@@ -60,7 +60,7 @@ class SketchedSGD(Algorithm):
         momentum: of the algorithm, in place of the optimizer's own.
         momentum_masking: whether momentum is zeroed where an element has moved (momentum factor masking), so that it
             does not push on for a gradient that has long been applied.
-        dense_below: tensors with fewer elements are all-reduced uncompressed, with momentum.
+        uncompressed_below: tensors with fewer elements are all-reduced uncompressed, with momentum.
         seed: of the sketch's hash functions, which are other ones at every step.
 
     Raises:
@@ -78,7 +78,7 @@ class SketchedSGD(Algorithm):
     candidates: int = 2
     momentum: float = 0.9
     momentum_masking: bool = True
-    dense_below: int = 4096
+    uncompressed_below: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class SketchedSGD(Algorithm):
         _check_amount("columns", self.columns)
         check_period("candidates", self.candidates)
         check_momentum("momentum", self.momentum)
-        check_period("dense_below", self.dense_below, least=0)
+        check_period("uncompressed_below", self.uncompressed_below, least=0)
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
@@ -121,7 +121,7 @@ class SensedSGD(Algorithm):
         iterations: improvements of the recovered vector, each of which costs seven transforms.
         momentum: of the algorithm, in place of the optimizer's own.
         block: length of the blocks that are measured, a power of two.
-        dense_below: tensors with fewer elements are all-reduced uncompressed, with momentum.
+        uncompressed_below: tensors with fewer elements are all-reduced uncompressed, with momentum.
         seed: of the sensing matrix, which is the same at all steps.
 
     Raises:
@@ -138,7 +138,7 @@ class SensedSGD(Algorithm):
     iterations: int = 3
     momentum: float = 0.9
     block: int = 4096
-    dense_below: int = 4096
+    uncompressed_below: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class SensedSGD(Algorithm):
         check_momentum("momentum", self.momentum)
         check_period("block", self.block)
         self.sensing()
-        check_period("dense_below", self.dense_below, least=0)
+        check_period("uncompressed_below", self.uncompressed_below, least=0)
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
@@ -203,7 +203,7 @@ class RunningSparseSGD(RunningAllReduce):
         self._allocate()
 
     def _split(self, layout: Layout) -> tuple[Layout, Layout]:
-        least = self.config.dense_below
+        least = self.config.uncompressed_below
         small = [p for p in layout.parameters if p.numel() < least]
         return Layout([small]), Layout([[p for p in layout.parameters if p.numel() >= least]])
 
@@ -564,7 +564,7 @@ class RunningSensedSGD(RunningSparseSGD):
         if lengths != [run.numel for run in self.large.runs]:
             raise ValueError(
                 f"The checkpoint has measurements of {lengths} elements, but the optimizer has parameters of "
-                f"{[run.numel for run in self.large.runs]}; is it the same model, with the same dense_below?"
+                f"{[run.numel for run in self.large.runs]}; is it the same model, with the same uncompressed_below?"
             )
         super().load_shared_state(state)
         self.inherited = None

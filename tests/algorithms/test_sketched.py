@@ -17,8 +17,8 @@ from tests.on_workers import on_workers
 PROBLEM = replace(CHANGING, groups=(((3, 2), (), (17, 3)), ((7,), (0,), (2, 1, 3), (40,))))
 """Below, tensors with fewer than 7 elements are sent as they are: some of either kind, an empty and a scalar one."""
 
-SKETCHED = SketchedSGD(k=0.1, rows=3, columns=0.2, candidates=2, dense_below=7, seed=4)
-SENSED = SensedSGD(measurements=0.5, sparsity=0.1, block=32, iterations=4, dense_below=7, seed=4)
+SKETCHED = SketchedSGD(k=0.1, rows=3, columns=0.2, candidates=2, uncompressed_below=7, seed=4)
+SENSED = SensedSGD(measurements=0.5, sparsity=0.1, block=32, iterations=4, uncompressed_below=7, seed=4)
 MOMENTA = 0.0, 0.9
 
 
@@ -130,7 +130,7 @@ def test_sensed_sgd_is_the_listing(workers, case):
 @on_workers(2)
 def test_every_switch_makes_a_difference(workers):
     ours = train(workers, SKETCHED, PROBLEM)
-    for change in ({"k": 0.2}, {"momentum": 0.0}, {"momentum_masking": False}, {"seed": 5}, {"dense_below": 0}):
+    for change in ({"k": 0.2}, {"momentum": 0.0}, {"momentum_masking": False}, {"seed": 5}, {"uncompressed_below": 0}):
         differ(ours, train(workers, replace(SKETCHED, **change), PROBLEM))
     ours = train(workers, SENSED, PROBLEM)
     for change in ({"measurements": 0.7}, {"sparsity": 0.2}, {"momentum": 0.0}, {"seed": 5}, {"iterations": 0}):
@@ -141,7 +141,7 @@ def test_every_switch_makes_a_difference(workers):
 def test_when_all_elements_move_it_is_sgd(workers):
     """With masking no momentum survives a step; tensors that are sent as they are keep theirs, so there are none."""
     for momentum in MOMENTA:
-        all_move = replace(SKETCHED, k=1.0, dense_below=0, momentum=momentum)
+        all_move = replace(SKETCHED, k=1.0, uncompressed_below=0, momentum=momentum)
         same(train(workers, all_move, PROBLEM), momentum_sgd(workers.size, 0.0))
         same(train(workers, replace(all_move, momentum_masking=False), PROBLEM), momentum_sgd(workers.size, momentum))
         all_move = replace(SENSED, measurements=1.0, sparsity=1.0, momentum=momentum)
@@ -242,8 +242,8 @@ def test_another_sensing_matrix_measures_the_residual_anew(workers):
     length = training.engine.units[0].large.numel
     expected = other.sensing().measure(SENSED.sensing().adjoint(old, length))
     torch.testing.assert_close(residual, expected, rtol=0, atol=1e-12)
-    smaller = Training(workers, replace(SENSED, dense_below=0), PROBLEM)
-    with pytest.raises(ValueError, match="same dense_below"):
+    smaller = Training(workers, replace(SENSED, uncompressed_below=0), PROBLEM)
+    with pytest.raises(ValueError, match="same uncompressed_below"):
         smaller.engine.load_shared_state(shared)
 
 
@@ -413,7 +413,7 @@ def test_tensors_of_any_size_and_type(workers, case):
     for shapes in (((1,),), ((1,), (0,), (1, 1)), ((0,), (33,)), ((2, 3), (5, 0))):
         problem = Problem((shapes,), ((0.1,),) * 4)
         for dtype in (torch.float32, torch.bfloat16):
-            training = Training(workers, replace(case, dense_below=0), problem, dtype=dtype)
+            training = Training(workers, replace(case, uncompressed_below=0), problem, dtype=dtype)
             rows = training.trajectory()
             assert np.isfinite(rows).all()
             assert (everyone(workers, training) == training.values()).all()
@@ -432,7 +432,7 @@ def test_other_optimizers_are_refused(config):
 
 def test_wrong_arguments_are_refused():
     wrong = {"k": (0, 0.0, 1.5, True, "1"), "rows": (0, 2), "columns": (0, 2.0), "candidates": (0, 1.5)}
-    wrong |= {"momentum": (1.0, -0.1), "dense_below": (-1, 0.5)}
+    wrong |= {"momentum": (1.0, -0.1), "uncompressed_below": (-1, 0.5)}
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=name):

@@ -31,8 +31,8 @@ ALGORITHMS = {
     "slowmo": SlowMo(sync_every=3, compressor=TopK(0.2)),
     "squarm": SQuARM("ring", 2, Sign(), 0.3, Threshold(0.5)),
     "apmsqueeze": APMSqueeze(5),
-    "sketched": SketchedSGD(k=3, columns=4, dense_below=5),
-    "sensed": SensedSGD(0.5, 0.1, dense_below=5),
+    "sketched": SketchedSGD(k=3, columns=4, uncompressed_below=5),
+    "sensed": SensedSGD(0.5, 0.1, uncompressed_below=5),
 }
 OPTIMIZERS = {"apmsqueeze": {"adam": True}, "sketched": {"momentum": 0.0}, "sensed": {"momentum": 0.0}}
 

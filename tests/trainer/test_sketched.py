@@ -14,10 +14,13 @@ from tests.trainer.models import Regression, all_finite, data, distance, numbers
 from tests.trainer.test_surface_optimizers import Gan
 
 ALL_MOVE = {
-    "sketched": SketchedSGD(k=1.0, dense_below=5, momentum=0.0),
-    "sensed": SensedSGD(1.0, 1.0, dense_below=5, momentum=0.0),
+    "sketched": SketchedSGD(k=1.0, uncompressed_below=5, momentum=0.0),
+    "sensed": SensedSGD(1.0, 1.0, uncompressed_below=5, momentum=0.0),
 }
-FEW_MOVE = {"sketched": SketchedSGD(k=3, columns=4, dense_below=5), "sensed": SensedSGD(0.5, 0.1, dense_below=5)}
+FEW_MOVE = {
+    "sketched": SketchedSGD(k=3, columns=4, uncompressed_below=5),
+    "sensed": SensedSGD(0.5, 0.1, uncompressed_below=5),
+}
 
 # Identities -----------------------------------------------------------------------------------------------------------
 
@@ -145,7 +148,7 @@ def train_on_digits(rank, size):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, mine = order[:360], order[360:][rank::size]
     results = {}
-    compressed = {"sketched": SketchedSGD(dense_below=200), "sensed": SensedSGD(dense_below=200)}
+    compressed = {"sketched": SketchedSGD(uncompressed_below=200), "sensed": SensedSGD(uncompressed_below=200)}
     for name, algorithm in ({"sgd": AllReduce()} | compressed).items():
         module = Digits(0.9 if name == "sgd" else 0.0)
         torch.manual_seed(1)
