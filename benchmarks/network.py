@@ -7,7 +7,7 @@ bucket (``tc tbf``) on either end of every cable holds both directions at the ra
 Needs Linux, root, and iproute2. Processes join a host with :func:`enter`; whatever they connect to by its address then
 goes through the cables::
 
-    with Network(hosts=4, rate="100mbit") as network:
+    with Network(hosts=4, rate=100e6) as network:
         network.address(0)          # 10.77.0.1
 """
 
@@ -46,18 +46,20 @@ class Link:
 
     Small bursts matter: tokens that gather while a link is idle let a short message through at once, which no cable
     does. A millisecond's worth is the compromise with the work of handling many small packets, and no packet may be
-    larger than the bucket.
+    larger than the bucket. Large buckets let the kernel handle large packets, as network cards that cut them do.
 
     Args:
         rate: bits per second.
+        burst_seconds: traffic that fits into the bucket.
     """
 
     rate: float
+    burst_seconds: float = 1e-3
 
     @property
     def burst(self) -> int:
         """Size of the bucket in bytes."""
-        return max(MTU + 100, int(self.rate / 8 * 1e-3))
+        return max(MTU + 100, int(self.rate / 8 * self.burst_seconds))
 
     @property
     def largest(self) -> int:
@@ -74,15 +76,15 @@ class Link:
         return ["tbf", "rate", f"{self.rate:.0f}bit", "burst", str(self.burst), "limit", str(self.limit)]
 
 
-def build_commands(tag: str, hosts: int, rate: float) -> list[list[str]]:
+def build_commands(tag: str, hosts: int, link: Link) -> list[list[str]]:
     """The commands that make a network.
 
     Args:
         tag: begins the namespaces' names.
         hosts: how many.
-        rate: of each link, in bits per second.
+        link: of each.
     """
-    link, switch = Link(rate), f"{tag}-switch"
+    switch = f"{tag}-switch"
     lines = [
         f"ip netns add {switch}",
         f"ip -n {switch} link add bridge type bridge",
@@ -147,6 +149,7 @@ class Network:
     Args:
         hosts: how many.
         rate: of each link and direction, in bits per second.
+        burst_seconds: size of their token buckets, see :class:`Link`.
 
     Raises:
         Unavailable: if a command fails, with what it said.
@@ -154,6 +157,7 @@ class Network:
 
     hosts: int
     rate: float
+    burst_seconds: float = 1e-3
     tag: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +169,7 @@ class Network:
         for command in cleanup_commands(stale(names, alive)):
             _run(command)
         try:
-            for command in build_commands(self.tag, self.hosts, self.rate):
+            for command in build_commands(self.tag, self.hosts, Link(self.rate, self.burst_seconds)):
                 _run(command)
         except BaseException:
             self._remove()

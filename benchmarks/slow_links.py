@@ -298,6 +298,7 @@ def heading(result: dict[str, Any]) -> str:
     link = result["link"]
     text = f"{result['hosts']} hosts, {result['rate'] / 1e6:g} Mbit/s"
     text += f" (measured {link['bandwidth'] / 1e6:.4g} Mbit/s, {1e3 * link['latency']:.2g} ms a message)"
+    text += f", buckets of {result['burst_ms']:g} ms" if result["burst_ms"] != 1 else ""
     return f"{text}, sync_every={result['sync_every']}, {result['runs']} run{'s' * (result['runs'] != 1)}"
 
 
@@ -460,6 +461,7 @@ def run(bench: Bench, names: Sequence[str], arguments: argparse.Namespace, bar: 
     link, costs, handling = bench.calibrate(compressors_of(names, setting, hosts))
     result: dict[str, Any] = {"hosts": hosts, "rate": bench.network.rate, "link": asdict(link), "handling": handling}
     result |= {"sync_every": setting.sync_every, "runs": arguments.runs, "batch": arguments.batch}
+    result["burst_ms"] = arguments.burst_ms
     result |= {"seconds": arguments.seconds, "timings": {}, "accuracy": {}, "predicted": {}, "failed": {}}
     result["costs"] = {name: asdict(cost) for name, cost in costs.items()}
     step, predicted = arguments.guess, {}
@@ -510,6 +512,9 @@ def write(result: dict[str, Any], path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=parse_bandwidth, default=100e6, help="of each link, such as 10mbit or 1gbit")
+    parser.add_argument(
+        "--burst-ms", type=float, default=1.0, help="size of the links' token buckets, as their traffic"
+    )
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--strategies", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--sync-every", type=int, default=12, help="steps between averages")
@@ -537,7 +542,7 @@ def main() -> None:
         check()
         with (
             tempfile.TemporaryDirectory() as folder,
-            Network(arguments.hosts, arguments.rate) as network,
+            Network(arguments.hosts, arguments.rate, arguments.burst_ms / 1e3) as network,
             tqdm(total=len(names) * arguments.runs + accuracy, dynamic_ncols=True) as bar,
         ):
             images.save(arguments.data, Path(folder))

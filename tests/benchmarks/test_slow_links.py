@@ -43,11 +43,12 @@ from tests.harness import WorkerFailed, run_trainers
 def test_the_bucket_holds_a_packet_and_about_a_millisecond():
     assert [Link(rate).burst for rate in (1e7, 1e8, 1e9)] == [MTU + 100, 12_500, 125_000]
     assert all(Link(rate).largest <= Link(rate).burst for rate in (1e7, 1e8, 1e9, 1e11))
+    assert (Link(1e8, burst_seconds=0.011).burst, Link(1e8, burst_seconds=0.011).largest) == (137_500, 65_536)
     assert Link(1e8).arguments() == ["tbf", "rate", "100000000bit", "burst", "12500", "limit", "2500000"]
 
 
 def test_every_host_gets_a_cable_that_is_shaped_at_both_ends():
-    lines = [" ".join(command) for command in build_commands("slowlinks-7", 3, 1e8)]
+    lines = [" ".join(command) for command in build_commands("slowlinks-7", 3, Link(1e8))]
     for host in range(3):
         assert f"ip netns add slowlinks-7-{host}" in lines
         shaped = [line for line in lines if line.startswith("tc") and (f"-7-{host} " in line or f"port{host} " in line)]
@@ -121,6 +122,7 @@ RESULT = {
     "hosts": 4,
     "rate": 1e8,
     "link": {"bandwidth": 9.9e7, "latency": 2e-4},
+    "burst_ms": 1.0,
     "sync_every": 12,
     "runs": 3,
     "seconds": 0,
