@@ -20,6 +20,7 @@ from lightning_slowmo import (
     PRESETS,
     Algorithm,
     APMSqueeze,
+    Gossip,
     LocalSGD,
     SensedSGD,
     SketchedSGD,
@@ -122,8 +123,14 @@ def ours(algorithm: Algorithm) -> Row:
     return Row(lambda: SlowMoStrategy(algorithm), algorithm, period(algorithm), plain)
 
 
+LATE = 8
+"""Steps to average over where messages come late: buffers swallow some, so a few steps pass early and others wait."""
+
+
 def period(algorithm: Algorithm) -> int:
     """Steps after which the traffic of a configuration repeats itself."""
+    if isinstance(algorithm, Gossip) and algorithm.overlap:
+        return LATE
     own = getattr(algorithm, "sync_every", 1)
     base = getattr(algorithm, "base", None)
     return own if base is None or own == NEVER else math.lcm(own, period(base))

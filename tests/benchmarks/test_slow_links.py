@@ -14,7 +14,7 @@ import pytest
 from tqdm import tqdm
 
 from benchmarks import network
-from benchmarks.contenders import NEVER, ROWS, Setting, period
+from benchmarks.contenders import LATE, NEVER, ROWS, Setting, period
 from benchmarks.network import MTU, Link, Network, Unavailable, build_commands, check, interface_bytes, stale
 from benchmarks.slow_links import (
     Bench,
@@ -192,7 +192,7 @@ def test_every_preset_is_a_row_under_the_common_period():
     assert rows["compute"].planned == LocalSGD(NEVER)
     assert rows["ddp"].planned == DDP()
     assert rows["apmsqueeze"].planned.warmup_steps == 3
-    assert (rows["squarm_sgd"].period, rows["sgp"].period) == (5, 1)
+    assert (rows["squarm_sgd"].period, rows["sgp"].period, rows["osgp"].period) == (5, 1, LATE)
     assert period(SlowMo(LocalSGD(4), sync_every=6)) == 12
     assert period(SlowMo(Gossip(), sync_every=48)) == 48
 
