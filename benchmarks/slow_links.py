@@ -31,6 +31,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -311,14 +312,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels = (2 if rows else 0) + (1 if accuracy else 0)
     figure = Figure(figsize=(4.6 * panels, max(3.2, 0.27 * len(rows) + 1.2)), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    figure.suptitle(heading(result), fontsize=9)
+    figure.suptitle(textwrap.fill(heading(result), 70 * panels), fontsize=9)
     if rows:
         names = [row["strategy"] for row in rows]
         compute = next((row["ms"] for row in rows if row["strategy"] == "compute"), None)
         for axis, key, label in ((axes.pop(0), "ms", "ms per step"), (axes.pop(0), "mb", "MB per step and host")):
             values = [row[key] for row in rows]
             axis.barh(names, values, color=["C7" if n == "compute" else "C1" if "ddp" in n else "C0" for n in names])
-            axis.invert_yaxis()
+            axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_xlabel(label)
             axis.tick_params(labelsize=8)
             for index, value in enumerate(values):
