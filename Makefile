@@ -21,8 +21,8 @@ setup: .venv/everything.stamp  ## the whole environment, with all extras
 quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four strategies: a table and quickstart.png
 	$(BIN)/python examples/quickstart.py
 
-test: lint  ## lint, type-check, and run all tests but the slow ones
-	$(BIN)/python -m pytest -m "not faults"
+test: lint  ## lint, type-check, and run all tests but the slow ones, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
 translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
 	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py
