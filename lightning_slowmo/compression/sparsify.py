@@ -73,17 +73,18 @@ class _Sparsifier(Compressor):
         fields = self._checked_fields(payload, segments, dtype)
         if not sum(segments):
             return super().decode(payload, segments, dtype)
-        decoded = self._kept_elements(fields, segments, dtype)
-        return Decoded(decoded.values.to(dtype), decoded.places)
+        values, places = self._kept_elements(fields, segments, dtype)
+        return Decoded(values.to(dtype), places)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
         values, places = self._kept_elements(fields, segments, dtype)
-        assert places is not None
         out.zero_().index_copy_(0, places, values.to(out.dtype))
 
     @abstractmethod
-    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
-        """Read the fields of a payload that is not empty."""
+    def _kept_elements(
+        self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Values and places, from the fields of a payload that is not empty."""
 
     def _counts(self, segments: Sequence[int]) -> tuple[int, ...]:
         return tuple(map(self.kept, segments))
@@ -122,11 +123,13 @@ class TopK(_Sparsifier):
         payload.copy_(self.values.compress(flat.index_select(0, indices), counts, generator))
         encode_indices(indices, flat.numel(), places)
 
-    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
+    def _kept_elements(
+        self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         payload, places = fields
         counts = self._counts(segments)
         values = self.values.decompress(payload, counts, dtype)
-        return Decoded(values, decode_indices(places, sum(segments), sum(counts)))
+        return values, decode_indices(places, sum(segments), sum(counts))
 
 
 @dataclass(frozen=True)
@@ -207,14 +210,16 @@ class RandomK(_Sparsifier):
         values = flat.index_select(0, self._indices(seed, segments))
         payload.copy_(self.values.compress(values, self._counts(segments), generator))
 
-    def _kept_elements(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype) -> Decoded:
+    def _kept_elements(
+        self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         seed, payload = fields
         counts = self._counts(segments)
         values = self.values.decompress(payload, counts, dtype).to(compute_dtype(dtype))
         if self.rescale:
             gains = [length / count if count else 1.0 for length, count in zip(segments, counts, strict=True)]
             values *= torch.tensor(gains, dtype=values.dtype).repeat_interleave(torch.tensor(counts)).to(values.device)
-        return Decoded(values, self._indices(seed, segments))
+        return values, self._indices(seed, segments)
 
     def _indices(self, seed: Tensor, segments: tuple[int, ...]) -> Tensor:
         """Places of the kept elements, a function of the seed alone."""
