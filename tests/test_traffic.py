@@ -23,9 +23,20 @@ from lightning_slowmo import (
     Workers,
 )
 from lightning_slowmo.algorithms import Algorithm
+from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.compression import QSGD, Sign, TopK
-from lightning_slowmo.plan import at_period
-from lightning_slowmo.traffic import Sync, all_reduce, bytes_per_step, layout_of, state_numel, syncs
+from lightning_slowmo.plan import Costs, at_period, predict
+from lightning_slowmo.traffic import (
+    Sync,
+    all_reduce,
+    bytes_per_step,
+    header,
+    layout_of,
+    split_by_size,
+    state_numel,
+    syncs,
+    together,
+)
 from tests.on_workers import on_workers
 
 SHAPES = [(200, 61), (61,), (0, 4), (61, 100), (100,), ()]
@@ -116,7 +127,42 @@ def test_thousands_of_workers_are_no_trouble():
         assert bytes_per_step(syncs(preset, layout, 4096)) > 0, name
 
 
-def test_an_algorithm_that_nobody_has_described_is_named():
+@dataclasses.dataclass(frozen=True)
+class Newcomer(Algorithm):
+    """An algorithm of somebody else's: it describes itself, and averages half of each model under an outer loop."""
+
+    def bind(self, optimizer, workers):
+        raise NotImplementedError
+
+    def syncs(self, layout, workers):
+        return [together(5, header(workers), Sync(1, 800, 1000, 2, handled=7, compressor=Sign()))]
+
+    def average_sync(self, layout, workers):
+        return all_reduce(split_by_size(layout, 100)[1], workers)
+
+    def state_numel(self, layout, workers):
+        return 3 * layout.numel
+
+
+def test_a_new_algorithm_describes_itself_and_is_known_everywhere():
+    layout, link = layout_of([(100,), (50,), (50,)]), Link(bandwidth=8e3, latency=0.5)
+    (sync,) = syncs(Newcomer(), layout, 4)
+    assert sync == Sync(5, 800 + header(4).sent, 1000 + header(4).busiest, 2 + 3, handled=7, compressor=Sign())
+    predicted = predict(Newcomer(), [(100,), (50,), (50,)], 4, 1.0, link, {repr(Sign()): Costs(0, 0)}, handling=0.0)
+    assert predicted.step == pytest.approx(1.0 + (5 * 0.5 + sync.busiest / 1e3) / 5)
+    assert predicted.sent == pytest.approx(sync.sent / 5)
+
+
+def test_an_outer_loop_takes_its_average_and_memory_from_the_base():
+    layout = layout_of([(100,), (50,), (50,)])
+    inside, outer = syncs(SlowMo(Newcomer(), sync_every=12), layout, 4)
+    assert inside == dataclasses.replace(syncs(Newcomer(), layout, 4)[0], every=12 / 2)  # at 5 and at 10, not at 12
+    assert outer == together(12, header(4), all_reduce(layout_of([(100,)]), 4))
+    assert state_numel(SlowMo(Newcomer(), sync_every=12), layout, 4) == (2 + 3) * 200
+    assert syncs(SlowMo(Newcomer(), average=False), layout, 4) == syncs(Newcomer(), layout, 4)
+
+
+def test_an_algorithm_that_does_not_describe_itself_is_named():
     class Unheard(Algorithm):
         def bind(self, optimizer, workers):
             raise NotImplementedError

@@ -9,7 +9,8 @@ from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.quantized_averaging import QPRSGD
-from lightning_slowmo.algorithms.sketched import SensedSGD, SketchedSGD
+from lightning_slowmo.algorithms.sensed_sgd import SensedSGD
+from lightning_slowmo.algorithms.sketched_sgd import SketchedSGD
 from lightning_slowmo.algorithms.slow_momentum import SlowMo
 from lightning_slowmo.algorithms.squeezed_adam import APMSqueeze
 

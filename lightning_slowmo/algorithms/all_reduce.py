@@ -5,14 +5,16 @@ The SlowMo paper's AR-SGD and AR-Adam, and a base for tests: it makes the models
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport
 from lightning_slowmo.communication.collectives import average_tensors
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Layout
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ class AllReduce(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningAllReduce(optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """At every step a header, which parameters have gradients, and the gradients."""
+        used = traffic.header(workers, len(layout.parameters))
+        mean = traffic.together(1, traffic.header(workers), used, traffic.all_reduce(layout, workers))
+        return [replace(mean, gradients=True)]
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Nothing."""
+        return 0
 
 
 class RunningAllReduce(Running):

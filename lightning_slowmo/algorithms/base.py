@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.communication.collectives import Then, average, average_sharded
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout, Scratch, Shards
@@ -102,6 +103,26 @@ class Algorithm(ABC):
             optimizer: the user's own; its parameter groups say what is synced and at which learning rates.
             workers: who takes part.
         """
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """All communication of this algorithm, by kind; see :mod:`lightning_slowmo.traffic` for what to make it of.
+
+        Args:
+            layout: of the parameters.
+            workers: how many, two at least.
+
+        Raises:
+            ValueError: if the algorithm does not say what it sends, or its topology does not fit the workers.
+        """
+        raise ValueError(f"What {type(self).__name__} sends is not known here.")
+
+    def average_sync(self, layout: Layout, workers: int) -> traffic.Sync:
+        """The exact average with which an outer loop over this algorithm replaces its sync, without the header."""
+        return traffic.all_reduce(layout, workers)
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Elements that a worker keeps beside parameters, gradients and the optimizer's state; see :meth:`syncs`."""
+        raise ValueError(f"What {type(self).__name__} keeps is not known here.")
 
 
 class Running(ABC):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import (
     Algorithm,
@@ -32,7 +33,7 @@ from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block
+from lightning_slowmo.parameters import Block, Layout
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,16 @@ class BMUF(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningBMUF(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """An average of the parameters at the end of each block, and of the optimizer's buffers if so configured."""
+        mean = self.average_sync(layout, workers)
+        whole = traffic.together(1, *([mean, mean] if self.inner_buffers == "average" else [mean]))
+        return traffic.averages(self.sync_every, traffic.header(workers), whole, self.overlap, self.fragments)
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Anchor and block momentum."""
+        return layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments))
 
 
 class RunningBMUF(RunningOuterLoop):

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport, check_period, check_rate
 from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step, symmetric
 from lightning_slowmo.algorithms.estimates import RunningEstimates
@@ -30,6 +31,7 @@ from lightning_slowmo.algorithms.quantized_averaging import check_compressor, ge
 from lightning_slowmo.communication.collectives import Drift
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, SignTopK
+from lightning_slowmo.parameters import Layout
 from lightning_slowmo.topology import Mixing, make
 
 InitialEstimate = Literal["model", "zero"]
@@ -117,6 +119,16 @@ class SQuARM(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningSQuARM(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """Every ``sync_every`` steps: flags that say who sends, and compressed differences to the neighbours."""
+        sends = traffic.exchange(layout, workers, self.topology, self.mixing, self.compressor)
+        sends = replace(sends, handled=traffic.TWICE * sends.handled)  # the trigger, and the mix of estimates
+        return [traffic.together(self.sync_every, traffic.header(workers), traffic.header(workers, 1), sends)]
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """The estimate of its own model, and the mix of its neighbours'."""
+        return 2 * layout.numel
 
 
 class RunningSQuARM(RunningEstimates):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import (
     Algorithm,
     Round,
@@ -94,6 +95,19 @@ class DiLoCo(Algorithm):
         if self.outer_optimizer is not None:
             return RunningOuterOptimizer(self, self.outer_optimizer, optimizer, workers)
         return RunningDiLoCo(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """An average of the outer gradients every ``sync_every`` steps."""
+        if self.compressor is not None:
+            mean = traffic.compressed_mean(layout, workers, self.compressor, "two_shot", feedback=True)
+        else:
+            mean = self.average_sync(layout, workers)
+        return traffic.averages(self.sync_every, traffic.header(workers), mean, self.overlap, self.fragments)
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Anchor and outer momentum; for a compressor an anchor and both residuals."""
+        compressed = 2 + 1 / workers if self.compressor is not None else 0
+        return layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments) + compressed)
 
 
 class RunningDiLoCo(RunningOuterLoop):

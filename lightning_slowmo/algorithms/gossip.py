@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
 from lightning_slowmo.communication.collectives import Drift, average
 from lightning_slowmo.communication.exchange import Delivery, exchange
@@ -88,6 +89,21 @@ class Gossip(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningGossip(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """At every step a header, and the model to each neighbour."""
+        sends = traffic.exchange(layout, workers, self.topology, self.mixing)
+        return [traffic.header(workers), replace(sends, behind=self.overlap)]
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Numerators where they differ from the parameters, and the messages that are under way."""
+        topology = make(self.topology, self.mixing)
+        # Whether weights are doubly stochastic does not change with the number of workers, and a small matrix is cheap.
+        few = next(n for n in (min(workers, 16), workers) if topology.supports(n))
+        weighted = self.overlap > 0 or not topology.on(few).doubly_stochastic
+        numerators = layout.numel * (weighted or self.order == "combine_while_adapt")
+        degree = topology.traffic(workers).mean
+        return numerators + self.overlap * (1 + degree) * layout.numel
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import (
     NOT_DUE,
     Algorithm,
@@ -22,6 +23,7 @@ from lightning_slowmo.algorithms.base import (
 )
 from lightning_slowmo.algorithms.streaming import RunningStreaming, check_saved
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Layout
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ class LocalSGD(Algorithm):
         if self.overlap or self.fragments > 1:
             return RunningStreaming(self.sync_every, self.overlap, self.fragments, optimizer, workers)
         return RunningLocalSGD(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """An average of the parameters every ``sync_every`` steps."""
+        head, mean = traffic.header(workers), self.average_sync(layout, workers)
+        return traffic.averages(self.sync_every, head, mean, self.overlap, self.fragments)
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Copies of the parameters while an average is under way."""
+        return layout.numel * traffic.copies_in_flight(self.overlap, self.fragments)
 
 
 class RunningLocalSGD(Running):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import (
     Algorithm,
@@ -109,6 +110,30 @@ class SlowMo(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningSlowMo(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """The base's syncs, and the average of line 6, which replaces the base's where both are due."""
+        assert self.base is not None  # set by __post_init__
+        inside = self.base.syncs(layout, workers)
+        if not self.average:
+            return inside
+        if self.compressor is not None:
+            parts = [traffic.compressed_mean(layout, workers, self.compressor, "two_shot", feedback=True)]
+        else:
+            parts = [self.base.average_sync(layout, workers)]
+        if self.inner_buffers == "average":
+            parts.append(traffic.all_reduce(layout, workers))
+        head, whole = traffic.header(workers), traffic.together(1, *parts)
+        outer = traffic.averages(self.sync_every, head, whole, self.overlap, self.fragments)
+        return [*traffic.between_averages(inside, self.sync_every), *outer]
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Anchor and slow momentum; what the base keeps, or for a compressor an anchor and both residuals."""
+        assert self.base is not None  # set by __post_init__
+        own = layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments))
+        if self.compressor is not None:
+            return own + layout.numel * (2 + 1 / workers)
+        return own + self.base.state_numel(layout, workers)
 
 
 class RunningSlowMo(RunningOuterLoop):

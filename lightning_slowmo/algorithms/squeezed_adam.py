@@ -15,12 +15,13 @@ second moment by the frozen one, and the parameters by the step of the listing f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.all_reduce import RunningAllReduce
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
 from lightning_slowmo.algorithms.feedback import Feedback
@@ -77,6 +78,18 @@ class APMSqueeze(Algorithm):
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
         return RunningAPMSqueeze(self, optimizer, workers)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """At every step after the warm-up: the means of momenta, compressed for large tensors, exact for small ones."""
+        small, large = traffic.split_by_size(layout, self.uncompressed_below)
+        mean = traffic.compressed_mean(large, workers, self.compressor, "two_shot", feedback=True)
+        mean = replace(mean, handled=traffic.TWICE * mean.handled)  # momentum in and out, and the preconditioned step
+        heads = traffic.header(workers), traffic.header(workers, 1)
+        return [traffic.together(1, *heads, traffic.all_reduce(small, workers), mean)]
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Anchor, momentum, second moment, and what messages and the owned chunk's sums have left out."""
+        return layout.numel * (4 + 1 / workers)
 
 
 class RunningAPMSqueeze(RunningAllReduce):
