@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ from lightning_slowmo.plan import (
     shapes_of,
     synthetic,
 )
-from lightning_slowmo.traffic import MEETING_NUMBERS
+from lightning_slowmo.traffic import MEETING_NUMBERS, layout_of
 from tests.on_workers import on_workers
 
 MODEL = [(1000, 1000)] * 2
@@ -122,6 +123,7 @@ def test_the_period_that_is_advised_does_it():
         (parse_seconds, "0.2ms", 2e-4),
         (parse_seconds, "50us", 5e-5),
         (parse_seconds, "1s", 1.0),
+        *((parse_seconds, zero, 0.0) for zero in ("0", "0.0", "0ms")),
         (parse_count, "25.6e6", 25.6e6),
         (parse_count, "25.6M", 25.6e6),
         (parse_count, "1.5B", 1.5e9),
@@ -135,9 +137,12 @@ def test_units(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "text"),
     [
-        *((parse_bandwidth, text) for text in ("1", "1GB", "100 mbps", "-1gbit", "gbit", "0gbit", "1gibit", "")),
-        *((parse_seconds, text) for text in ("1", "0.2 m", "ms", "-1ms", "1min", "")),
-        *((parse_count, text) for text in ("25.6 Mio", "M", "-3", "0", "1e", "")),
+        *(
+            (parse_bandwidth, text)
+            for text in ("1", "1GB", "100 mbps", "-1gbit", "gbit", "0gbit", "1gibit", "", "nan", "inf", "1e999bit")
+        ),
+        *((parse_seconds, text) for text in ("1", "0.2 m", "ms", "-1ms", "1min", "", "nan", "nanms", "1e999s")),
+        *((parse_count, text) for text in ("25.6 Mio", "M", "-3", "0", "1e", "", "nan", "inf", "1e999")),
     ],
 )
 def test_units_that_are_none(parse, text):
@@ -178,6 +183,11 @@ def test_the_command_prints_json(capsys):
         ([*COMMAND, "--params", "many"], "'many' is no number of parameters"),
         ([*COMMAND, "--workers", "0"], "--workers must be at least 1"),
         ([*COMMAND, "--step-ms", "0"], "--step-ms must be above 0"),
+        ([*COMMAND, "--step-ms", "nan"], "--step-ms must be above 0 and finite, got nan"),
+        ([*COMMAND, "--step-ms", "inf"], "--step-ms must be above 0 and finite, got inf"),
+        ([*COMMAND, "--latency", "nan"], "'nan' is no duration: write 0.2ms"),
+        ([*COMMAND, "--bandwidth", "nan"], "'nan' is no bandwidth: write 100mbit"),
+        ([*COMMAND, "--params", "nan"], "'nan' is no number of parameters"),
         ([*COMMAND, "--sync-every", "-1"], "--sync-every must be at least 1"),
         ([*COMMAND, "--step", "a:b"], "--step needs --measure"),
         (["--measure", "--params", "3M"], "--measure needs torchrun"),
@@ -188,6 +198,49 @@ def test_the_command_says_what_is_wrong(command, complaint, capsys):
         main(command)
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_latency_of_zero_is_taken_as_it_is(capsys):
+    steps = {}
+    for latency in ("0", "0.2ms"):
+        main([*COMMAND, "--latency", latency, "--json"])
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["inputs"]["latency"] == parse_seconds(latency)
+        steps[latency] = printed["predicted"]["local_sgd"]["step"]
+    layout = layout_of(shapes_of(25.6e6))
+    messages = sum(sync.messages / sync.every for sync in PRESETS["local_sgd"].syncs(layout, 32))
+    assert steps["0.2ms"] - steps["0"] == pytest.approx(2e-4 * messages)
+
+
+def test_the_command_prints_gigabytes_and_gigabits(capsys):
+    main([*COMMAND, "--bandwidth", "100mbit"])
+    text = capsys.readouterr().out
+    assert "0.1 Gbit/s, 0.2 ms a message" in text
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    ddp = next(row for row in rows if row[1] == "`ddp`")
+    cells = dict(zip(rows[0], ddp, strict=True))
+    assert float(cells["GB sent / step"]) == pytest.approx(2 * 31 / 32 * 4 * 25.6e6 / 1e9, rel=1e-3)
+    assert float(cells["extra memory, GB"]) == pytest.approx(4 * 25.6e6 / 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "step", "link", "complaint"),
+    [
+        (4, math.nan, LINK, "step must be a finite number of seconds, at least 0, got nan"),
+        (4, math.inf, LINK, "step must be a finite"),
+        (4, -0.1, LINK, "step must be a finite"),
+        (4, 0.1, Link(1e9, math.nan), "latency must be a finite number of seconds, at least 0, got nan"),
+        (4, 0.1, Link(math.nan, 0.0), "bandwidth must be above 0 bits per second, got nan"),
+        (4, 0.1, Link(0.0, 0.0), "bandwidth must be above 0"),
+        (0, 0.1, LINK, "workers must be at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("way", [DDP(), LocalSGD()])
+def test_numbers_that_make_no_sense_are_refused_in_words(way, workers, step, link, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        predict(way, MODEL, workers, step, link)
+    with pytest.raises(ValueError, match=complaint):
+        plan(MODEL, workers, step, link)
 
 
 def test_compressors_are_timed():
