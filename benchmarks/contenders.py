@@ -28,7 +28,7 @@ from lightning_slowmo import (
     SlowMoStrategy,
 )
 from lightning_slowmo.communication import Workers
-from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.plan import DDP, at_period
 
 NEVER = 10**9

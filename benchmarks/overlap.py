@@ -56,7 +56,7 @@ def worker(rank: int, numel: int, compute: float, steps: int, repeats: int) -> d
     for repeat in range(repeats + 1):
         for name, engine in engines.items():
             for unit in engine.units:
-                unit.drain()
+                unit.averager.drain()
             everyone.gather([0.0])
             time.sleep(0.3)  # until the link is quiet
             everyone.gather([0.0])
@@ -66,7 +66,7 @@ def worker(rank: int, numel: int, compute: float, steps: int, repeats: int) -> d
                 engine.after_step()
             seconds = (time.perf_counter() - start) / steps
             for unit in engine.units:
-                unit.drain()
+                unit.averager.drain()
             everyone.gather([0.0])
             passed = on_the_interface() - interface
             if repeat:  # the first is a warm-up

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_slowmo.communication.collectives import average_tensors, broadcast_tensors
+from lightning_slowmo.averaging import average_tensors
+from lightning_slowmo.communication.broadcast import broadcast_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -37,7 +38,7 @@ class AtSyncMixin(EMAWeightAveraging):
         """Start from rank 0's average: this callback copied the model before the workers were given the same one."""
         super().on_fit_start(trainer, pl_module)
         engine = getattr(trainer.strategy, "engine", None)
-        self._at_syncs = engine is not None and not all(unit.exchanges_gradients for unit in engine.units)
+        self._at_syncs = engine is not None and not engine.exchanges_gradients
         if engine is not None:
             assert self._average_model is not None
             with torch.no_grad():

@@ -9,6 +9,8 @@ arithmetic on a bucket is arithmetic on contiguous memory.
 
 The parameters themselves are never rebound to other storage: that would undo ``channels_last``, make the checkpoint of
 a submodule as large as the model, and break ``load_state_dict(assign=True)``.
+
+The parameter object says which parameter something is; :mod:`~lightning_slowmo.storage` says where its values lie.
 """
 
 from __future__ import annotations
@@ -19,37 +21,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BUCKET_BYTES = 8 * 2**20
-"""Size at which a bucket is full. Larger ones gain nothing (``benchmarks/sync_round.py``); smaller ones pay latency."""
-
-IN_PLACE_BYTES = 4 * 2**20
-"""Parameters from this size on are communicated in place: as messages they are large enough on their own."""
-
-BLOCK_NUMEL = 2**17
-"""Elements on which slow arithmetic is done at a time on a CPU, so that several passes find them in the cache."""
+from lightning_slowmo.private import foreach_copy_
+from lightning_slowmo.storage import Storage, accumulation_dtype, flat_view, is_dense, local
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which means and slow state of ``dtype`` parameters are computed: float32, or float64 for float64.
+@dataclass(frozen=True)
+class BucketSizes:
+    """How parameters are cut into messages, and messages into pieces for arithmetic.
 
-    Half-precision slow state would lose small outer steps: 1.0 - 0.001 is 1.0 in bfloat16.
+    Args:
+        bucket_bytes: size at which a bucket is full, in bytes. Larger ones gain nothing on loopback
+            (``benchmarks/sync_round.py``); smaller ones pay latency.
+        in_place_bytes: size from which a parameter is communicated in place, in bytes: as a message it is large enough
+            on its own.
+        block_numel: elements on which arithmetic is done at a time on a CPU, so that several passes find them in the
+            cache.
     """
-    return torch.promote_types(dtype, torch.float32)
+
+    bucket_bytes: int = 8 * 2**20
+    in_place_bytes: int = 4 * 2**20
+    block_numel: int = 2**17
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor fill one contiguous piece of memory, in whatever order of dimensions."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def flat_view(tensor: Tensor) -> Tensor:
-    """A 1-D view of a dense tensor in the order of its memory (so ``channels_last`` needs no copy)."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+DEFAULT_SIZES = BucketSizes()
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Run:
-    """The parameters of one group that share device, dtype and fragment, one after the other."""
+    """The parameters of one group that share device, dtype and fragment, one after the other.
+
+    Attributes:
+        group: index of the parameter group.
+        dtype: of the parameters; a complex parameter counts as real.
+        device: of the parameters.
+        fragment: index of the fragment.
+        spans: the parameters and their places.
+    """
 
     group: int
     dtype: torch.dtype
@@ -116,6 +118,10 @@ class Bucket:
         spans: what the bucket holds, in order; a span may be a part of a large parameter.
         in_place: whether the bucket *is* (a part of) one parameter's own memory.
         dtype: dtype of arithmetic and messages; float32 for half-precision parameters.
+        parameter_dtype: dtype of the parameters.
+        device: of the parameters.
+        block_numel: elements in a block, on a CPU.
+        storage: where the values of a parameter lie.
     """
 
     run: int
@@ -125,7 +131,10 @@ class Bucket:
     spans: tuple[tuple[Tensor, int, int], ...]
     in_place: bool
     dtype: torch.dtype
+    parameter_dtype: torch.dtype
     device: torch.device
+    block_numel: int = DEFAULT_SIZES.block_numel
+    storage: Storage = local
 
     @property
     def numel(self) -> int:
@@ -143,7 +152,7 @@ class Bucket:
 
     def rounded(self, flat: Tensor) -> Tensor:
         """``flat`` as the parameters can hold it: itself, or rounded to their half-precision dtype and back."""
-        return flat.to(self.spans[0][0].dtype).to(flat.dtype)
+        return flat.to(self.parameter_dtype).to(flat.dtype)
 
     def blocks(self, flat: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Cut a flat tensor of this bucket's values into blocks that fit the cache; on a GPU, one block.
@@ -154,11 +163,10 @@ class Bucket:
         Yields:
             Each block and its piece of ``flat``.
         """
-        step = BLOCK_NUMEL if self.device.type == "cpu" else self.numel
-        parameter_dtype = self.spans[0][0].dtype
+        step = self.block_numel if self.device.type == "cpu" else self.numel
         for offset in range(0, self.numel, step):
             end = min(offset + step, self.numel)
-            block = Block(self.run, self.group, self.start + offset, self.start + end, parameter_dtype)
+            block = Block(self.run, self.group, self.start + offset, self.start + end, self.parameter_dtype)
             yield block, flat[offset:end]
 
     def pack(self, scratch: Tensor | None = None) -> Tensor:
@@ -169,11 +177,11 @@ class Bucket:
         """
         if self.in_place:
             parameter, start, stop = self.spans[0]
-            return flat_view(parameter)[start:stop]
+            return flat_view(self.storage(parameter))[start:stop]
         flat = torch.empty(self.numel, dtype=self.dtype, device=self.device) if scratch is None else scratch
         flat = flat[: self.numel]
         sources, targets = self._paired(flat)
-        torch._foreach_copy_(targets, sources)
+        foreach_copy_(targets, sources)
         return flat
 
     def copy_to(self, flat: Tensor) -> Tensor:
@@ -189,20 +197,20 @@ class Bucket:
                 own.copy_(flat)
             return
         targets, sources = self._paired(flat)
-        torch._foreach_copy_(targets, sources)
+        foreach_copy_(targets, sources)
 
     def _paired(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the parameters, and of the pieces of ``flat`` that belong to them."""
         own, pieces, offset = [], [], 0
         for parameter, start, stop in self.spans:
             length = stop - start
-            piece = flat[offset : offset + length]
-            if is_dense(parameter):
-                own.append(flat_view(parameter)[start:stop])
+            piece, values = flat[offset : offset + length], self.storage(parameter)
+            if is_dense(values):
+                own.append(flat_view(values)[start:stop])
                 pieces.append(piece)
             else:  # a strided view: never cut, so the bucket holds all of it
-                own.append(parameter.detach())
-                pieces.append(piece.view(parameter.shape))
+                own.append(values)
+                pieces.append(piece.view(values.shape))
             offset += length
         return own, pieces
 
@@ -213,30 +221,31 @@ class Layout:
     Args:
         groups: the parameters of each parameter group. Empty ones are left out, and one that appears twice (tied
             weights) is taken once.
-        bucket_bytes: size at which a bucket is full, in bytes.
-        in_place_bytes: size from which a parameter is communicated in place, in bytes.
+        sizes: of buckets and blocks.
         fragments: number of parts of about equal size that can be communicated by themselves. Parameters stay whole.
+        storage: where the values of a parameter lie: its own memory, or its gradient's.
     """
 
     def __init__(
         self,
         groups: Iterable[Iterable[Tensor]],
-        bucket_bytes: int = BUCKET_BYTES,
-        in_place_bytes: int = IN_PLACE_BYTES,
+        sizes: BucketSizes = DEFAULT_SIZES,
         *,
         fragments: int = 1,
+        storage: Storage = local,
     ) -> None:
         laid_out = list(_members(groups))
         self.parameters: list[Tensor] = [parameter for _, parameter in laid_out]
+        self.sizes = sizes
         self.fragments = fragments
         fragment_of = _deal(self.parameters, fragments)
         members: dict[tuple[int, torch.dtype, torch.device, int], list[Tensor]] = {}
         for index, parameter in laid_out:
-            key = (index, parameter.dtype, parameter.device, fragment_of[id(parameter)])
+            key = (index, local(parameter).dtype, parameter.device, fragment_of[id(parameter)])
             members.setdefault(key, []).append(parameter)
         self.runs: list[Run] = [_run(key, tensors) for key, tensors in members.items()]
         self.buckets: list[Bucket] = [
-            bucket for index, run in enumerate(self.runs) for bucket in _cut(index, run, bucket_bytes, in_place_bytes)
+            bucket for index, run in enumerate(self.runs) for bucket in _cut(index, run, sizes, storage)
         ]
 
     @property
@@ -284,10 +293,10 @@ class Layout:
         views: dict[int, Tensor] = {}
         for run, buffer in zip(self.runs, buffers, strict=True):
             for span in run.spans:
-                parameter, piece = span.parameter, buffer[span.start : span.stop]
-                dense = is_dense(parameter)
-                shaped = piece.as_strided(parameter.shape, parameter.stride()) if dense else piece.view(parameter.shape)
-                views[id(parameter)] = shaped
+                values, piece = local(span.parameter), buffer[span.start : span.stop]
+                dense = is_dense(values)
+                shaped = piece.as_strided(values.shape, values.stride()) if dense else piece.view(values.shape)
+                views[id(span.parameter)] = shaped
         return [views[id(parameter)] for parameter in self.parameters]
 
     def carry(self, other: Layout, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
@@ -302,53 +311,6 @@ class Layout:
         for parameter, view in zip(self.parameters, self.per_parameter(target), strict=True):
             if id(parameter) in old:
                 view.copy_(old[id(parameter)])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one worker keeps of the slow state of one bucket.
-
-    Attributes:
-        bucket: which one.
-        length: elements of each worker's piece; the last ones reach beyond the bucket's end.
-        block: the elements that are this worker's, placed in :meth:`Shards.cut`'s buffers; may be empty.
-    """
-
-    bucket: Bucket
-    length: int
-    block: Block
-
-
-class Shards:
-    """A layout cut into equal pieces, one of each bucket for each worker.
-
-    Args:
-        layout: what is cut.
-        rank: this worker.
-        size: number of workers.
-    """
-
-    def __init__(self, layout: Layout, rank: int, size: int) -> None:
-        self.layout, self.rank, self.size = layout, rank, size
-        self.pieces: list[Piece] = []
-        ends = [0] * len(layout.runs)
-        for bucket in layout.buckets:
-            length = -(-bucket.numel // size)
-            own = max(0, min(length, bucket.numel - rank * length))
-            start = ends[bucket.run]
-            ends[bucket.run] = start + own
-            block = Block(bucket.run, bucket.group, start, start + own, bucket.spans[0][0].dtype)
-            self.pieces.append(Piece(bucket, length, block))
-        self._numels = ends
-
-    def cut(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """This worker's share of buffers in the whole layout, one flat tensor per run."""
-        shares = [flat.new_empty(numel) for flat, numel in zip(buffers, self._numels, strict=True)]
-        for piece in self.pieces:
-            start = self.rank * piece.length
-            whole = piece.bucket.of(buffers)
-            piece.block.of(shares).copy_(whole[start : start + piece.block.stop - piece.block.start])
-        return shares
 
 
 class Scratch:
@@ -374,20 +336,6 @@ class Scratch:
         if key not in self._buffers or self._buffers[key].numel() < numel:
             self._buffers[key] = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
         return self._buffers[key]
-
-
-def checksum(layouts: Iterable[Layout]) -> int:
-    """A number below 2**64 that depends on every bit of the parameters and on its place.
-
-    Integers add up to the same in any order, so equal parameters have equal checksums on all devices.
-    """
-    total = 0
-    for bucket in (bucket for layout in layouts for bucket in layout.buckets):
-        for _, flat in bucket.blocks(bucket.pack()):
-            bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32)
-            places = torch.arange(1, 2 * flat.numel(), 2, device=flat.device)  # odd, so that no single change cancels
-            total = total * 31 + int((bits * places).sum())
-    return total % 2**64
 
 
 def _members(groups: Iterable[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
@@ -417,26 +365,28 @@ def _deal(parameters: Iterable[Tensor], fragments: int) -> dict[int, int]:
 def _run(key: tuple[int, torch.dtype, torch.device, int], tensors: list[Tensor]) -> Run:
     spans, start = [], 0
     for tensor in tensors:
-        spans.append(Span(tensor, start, start + tensor.numel()))
-        start += tensor.numel()
+        stop = start + local(tensor).numel()
+        spans.append(Span(tensor, start, stop))
+        start = stop
     return Run(*key, tuple(spans))
 
 
-def _cut(index: int, run: Run, bucket_bytes: int, in_place_bytes: int) -> Iterator[Bucket]:
+def _cut(index: int, run: Run, sizes: BucketSizes, storage: Storage) -> Iterator[Bucket]:
     """Cut a run into buckets: large parameters alone and in place, small ones packed together."""
     dtype = accumulation_dtype(run.dtype)
-    full = max(1, bucket_bytes // dtype.itemsize)
+    full = max(1, sizes.bucket_bytes // dtype.itemsize)
     packed: list[tuple[Tensor, int, int]] = []
     position = start = 0
 
     def bucket(spans: list[tuple[Tensor, int, int]], start: int, in_place: bool) -> Bucket:
-        length = sum(stop - begin for _, begin, stop in spans)
-        return Bucket(index, run.group, start, start + length, tuple(spans), in_place, dtype, run.device)
+        stop = start + sum(end - begin for _, begin, end in spans)
+        kind = (dtype, run.dtype, run.device, sizes.block_numel, storage)
+        return Bucket(index, run.group, start, stop, tuple(spans), in_place, *kind)
 
     for span in run.spans:
         parameter, length = span.parameter, span.stop - span.start
-        dense = is_dense(parameter)
-        alone = dense and run.dtype == dtype and length * dtype.itemsize >= in_place_bytes
+        dense = is_dense(local(parameter))
+        alone = dense and run.dtype == dtype and length * dtype.itemsize >= sizes.in_place_bytes
         if packed and (alone or position - start + length > full):
             yield bucket(packed, start, False)
             packed, start = [], position

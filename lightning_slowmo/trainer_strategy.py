@@ -24,7 +24,7 @@ from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.communication import Reason, Workers, require_equal
-from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.hierarchy import check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.engine import Engine, check_on_nonfinite
@@ -192,14 +192,8 @@ class SlowMoMixin(DDPStrategy):
         self._world = dist.group.WORLD
         self.everyone = self.workers = Workers.from_world(self.sync_timeout, self.root_device)
         if self.workers_per_node is not None:
-            self._node, self.workers = two_levels(
-                self.everyone,
-                self.workers_per_node,
-                self.node_rank,
-                self.local_rank,
-                self.sync_timeout,
-                self.root_device,
-            )
+            node, self.workers = two_levels(self.everyone, self.workers_per_node, self.node_rank, self.local_rank)
+            self._node = node.group
 
     def configure_ddp(self) -> None:
         """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, LocalSGD, SlowMo, SyncError, Workers
 from lightning_slowmo.communication import Header, Reason
-from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.broadcast import broadcast_tensors
 from tests.algorithms.training import CHANGING, MOMENTUM, Training, random_problem, same, small_buckets, train
 from tests.on_workers import on_workers
 
@@ -327,7 +327,7 @@ def test_state_of_another_model_is_refused():
 
 @on_workers(2, 3, 4)
 def test_a_sync_is_one_header_and_one_all_reduce_per_bucket_and_a_step_without_one_is_nothing(workers):
-    with small_buckets():
+    with small_buckets(workers):
         training = Training(workers, SlowMo(sync_every=4), random_problem(3))
         buckets = training.engine.units[0].layout.buckets
         assert len(buckets) > 3

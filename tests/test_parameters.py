@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from lightning_slowmo import LocalSGD, Workers
-from lightning_slowmo.parameters import Layout, Scratch, accumulation_dtype, flat_view, is_dense
+from lightning_slowmo.parameters import BucketSizes, Layout, Scratch
+from lightning_slowmo.storage import accumulation_dtype, flat_view, is_dense
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple) | st.integers(0, 60).map(lambda size: (size,))
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -57,7 +58,7 @@ def same(layout: Layout, values: list[torch.Tensor]) -> bool:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(GROUPS, SIZES, SIZES)
 def test_every_element_is_in_exactly_one_bucket(groups, bucket_bytes, in_place_bytes):
-    layout = Layout(groups, bucket_bytes, in_place_bytes)
+    layout = Layout(groups, BucketSizes(bucket_bytes, in_place_bytes))
     assert layout.numel == sum(p.numel() for group in groups for p in group)
     assert sum(bucket.numel for bucket in layout.buckets) == layout.numel
     seen = {id(p): torch.zeros(p.numel(), dtype=torch.int) for p in layout.parameters}
@@ -73,7 +74,7 @@ def test_every_element_is_in_exactly_one_bucket(groups, bucket_bytes, in_place_b
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(GROUPS, SIZES, SIZES)
 def test_what_is_packed_comes_back_and_every_element_is_seen(groups, bucket_bytes, in_place_bytes):
-    layout, scratch = Layout(groups, bucket_bytes, in_place_bytes), Scratch()
+    layout, scratch = Layout(groups, BucketSizes(bucket_bytes, in_place_bytes)), Scratch()
     fill(layout)
     values = copies(layout)
     for bucket in layout.buckets:
@@ -90,7 +91,7 @@ def test_what_is_packed_comes_back_and_every_element_is_seen(groups, bucket_byte
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(GROUPS, SIZES, SIZES)
 def test_a_snapshot_holds_the_values_by_parameter_and_restores_them(groups, bucket_bytes, in_place_bytes):
-    layout = Layout(groups, bucket_bytes, in_place_bytes)
+    layout = Layout(groups, BucketSizes(bucket_bytes, in_place_bytes))
     fill(layout)
     values, snapshot = copies(layout), layout.snapshot()
     views = layout.per_parameter(snapshot)
@@ -114,7 +115,7 @@ def test_state_is_carried_to_another_layout(groups, random, bucket_bytes):
     kept = [[p for p in group if random.random() < 0.7] for group in groups]
     random.shuffle(kept)
     joined = Parameter(torch.zeros(3))
-    new = Layout([*kept, [joined]], bucket_bytes, 32)
+    new = Layout([*kept, [joined]], BucketSizes(bucket_bytes, 32))
     state = new.zeros()
     new.carry(old, old.snapshot(), state)
     for parameter, view in zip(new.parameters, new.per_parameter(state), strict=True):
@@ -125,7 +126,7 @@ def test_state_is_carried_to_another_layout(groups, random, bucket_bytes):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(GROUPS, SIZES, SIZES)
 def test_buckets_are_no_larger_than_they_may_be(groups, bucket_bytes, in_place_bytes):
-    for bucket in Layout(groups, bucket_bytes, in_place_bytes).buckets:
+    for bucket in Layout(groups, BucketSizes(bucket_bytes, in_place_bytes)).buckets:
         fits = bucket.numel * bucket.dtype.itemsize <= bucket_bytes
         assert fits or bucket.numel == 1 or not is_dense(bucket.spans[0][0])  # what cannot be cut is alone
         if not fits:
@@ -136,7 +137,7 @@ def test_buckets_are_no_larger_than_they_may_be(groups, bucket_bytes, in_place_b
 def test_no_tensor_is_left_out_where_torchft_leaves_some_out(in_place_bytes):
     """Sizes 4, 4, 2 in buckets of 6 elements, and a tensor larger than a bucket."""
     parameters = [Parameter(torch.zeros(size)) for size in (4, 4, 2, 20)]
-    layout = Layout([parameters], bucket_bytes=6 * 4, in_place_bytes=in_place_bytes)
+    layout = Layout([parameters], BucketSizes(6 * 4, in_place_bytes))
     for bucket in layout.buckets:
         bucket.unpack(bucket.pack().add_(1))
     assert all((parameter == 1).all() for parameter in parameters)
@@ -146,7 +147,7 @@ def test_no_tensor_is_left_out_where_torchft_leaves_some_out(in_place_bytes):
 
 def test_large_parameters_travel_in_place_and_small_ones_together():
     small, large = [Parameter(torch.zeros(3)) for _ in range(4)], Parameter(torch.zeros(10, 10))
-    layout = Layout([[*small[:2], large, *small[2:]]], bucket_bytes=10**6, in_place_bytes=400)
+    layout = Layout([[*small[:2], large, *small[2:]]], BucketSizes(10**6, 400))
     assert [(bucket.in_place, bucket.segments) for bucket in layout.buckets] == [
         (False, (3, 3)),
         (True, (100,)),
@@ -156,14 +157,14 @@ def test_large_parameters_travel_in_place_and_small_ones_together():
 
 
 def test_half_precision_never_travels_in_place():
-    layout = Layout([[Parameter(torch.zeros(100, dtype=torch.bfloat16))]], bucket_bytes=100, in_place_bytes=1)
+    layout = Layout([[Parameter(torch.zeros(100, dtype=torch.bfloat16))]], BucketSizes(100, 1))
     assert all(not bucket.in_place and bucket.dtype == torch.float32 for bucket in layout.buckets)
     assert len(layout.buckets) == 4
 
 
 def test_channels_last_is_sent_without_a_copy_and_keeps_its_format():
     parameter = Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
-    layout = Layout([[parameter]], in_place_bytes=1)
+    layout = Layout([[parameter]], BucketSizes(in_place_bytes=1))
     (bucket,) = layout.buckets
     address, value = parameter.data_ptr(), parameter.detach().clone()
     assert bucket.in_place
@@ -211,7 +212,7 @@ def test_nothing_is_a_layout_too():
 
 
 def test_scratch_memory_is_three_buckets_however_many_there_are():
-    layout = Layout([[Parameter(torch.zeros(5)) for _ in range(20)]], bucket_bytes=40)
+    layout = Layout([[Parameter(torch.zeros(5)) for _ in range(20)]], BucketSizes(40))
     scratch = Scratch(3)
     addresses = [scratch.take(bucket).data_ptr() for bucket in layout.buckets]
     assert len(layout.buckets) == 10

@@ -101,11 +101,11 @@ def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Worker
     layout = layout_of(SHAPES)
     assert bytes_per_step(syncs(algorithm, layout, workers.size)) == pytest.approx(counted, rel=0.02)
     for unit in engine.units:
-        unit.drain()
+        unit.averager.drain()
     if "osgp" in name or "overlap" in name:  # what is in flight lies in no buffer of its own
         return
     model = [span.parameter for run in engine.units[0].layout.runs for span in run.spans]
-    kept = bytes_of(engine.units) - bytes_of(model) - bytes_of(engine.units[0].scratch)
+    kept = bytes_of(engine.units) - bytes_of(model) - bytes_of(engine.units[0].averager.scratch)
     assert 4 * state_numel(algorithm, layout, workers.size) == pytest.approx(kept, rel=0.02)
 
 

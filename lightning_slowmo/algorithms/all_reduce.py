@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport
-from lightning_slowmo.communication.collectives import average_tensors
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced
+from lightning_slowmo.averaging.mean import average
+from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Layout
+from lightning_slowmo.parameters import Layout, Scratch
+from lightning_slowmo.storage import gradient
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,23 @@ class RunningAllReduce(Running):
 
     exchanges_gradients = True
 
+    def __init__(self, optimizer: Optimizer, workers: Workers) -> None:
+        super().__init__(optimizer, workers)
+        self._scratch = Scratch()
+        self._gradient_layout: tuple[list[bool], Layout] | None = None
+
     def after_step(self) -> None:
         """Nothing to count: a step is on common ground."""
 
-    def due(self) -> int:
+    def due(self) -> Level:
         """Never: equal gradients keep equal parameters equal."""
-        return NOT_DUE
+        return Level.NONE
 
-    def sync(self, round: Round) -> SyncReport:
-        """Average the parameters, which a wrapper around this algorithm may ask for."""
-        return SyncReport(drift=self.average(round))
+    def sync(self, round: Round) -> Synced:
+        """Average the parameters, which an outer loop may ask for."""
+        synced = Synced(self.averager.average(round), agreed=True)
+        self.pending = 0
+        return synced
 
     def sync_gradients(self, round: Round) -> None:
         """Average the gradients over the workers that came with some.
@@ -58,21 +67,27 @@ class RunningAllReduce(Running):
         A parameter that only some workers used counts as a gradient of 0 on the others, as in DDP; one that nobody
         used keeps None.
         """
-        parameters = self.layout.parameters
-        mine = round.present[self.workers.rank]
+        parameters, mine = self.layout.parameters, round.present[self.workers.rank]
         used = [float(mine and parameter.grad is not None) for parameter in parameters]
         used_anywhere = [any(column) for column in zip(*self.workers.gather(used, "used parameters"), strict=True)]
-        gradients = []
-        for parameter, used_by_any in zip(parameters, used_anywhere, strict=True):
-            if used_by_any:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                gradients.append(parameter.grad)
-        weights = [float(present) for present in round.present]
-        average_tensors(gradients, self.workers, weights)
+        layout = self._layout_of_gradients(parameters, used_anywhere)
+        average(layout.buckets, self.workers, self._scratch, [float(present) for present in round.present])
         self.pending = int(mine)
 
-    def regroup(self, round: Round) -> None:
+    def _layout_of_gradients(self, parameters: list[Tensor], used: list[bool]) -> Layout:
+        """How the gradients of the parameters in use lie in messages; made anew only when other ones are in use."""
+        if self._gradient_layout is None or self._gradient_layout[0] != used:
+            in_use = [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]
+            self._gradient_layout = used, Layout([in_use], self.workers.sizes, storage=gradient)
+        return self._gradient_layout[1]
+
+    def adopt_layout(self, layout: Layout) -> None:
+        """Take over a new layout; that of gradients is made anew."""
+        super().adopt_layout(layout)
+        self._gradient_layout = None
+
+    def catch_up(self, round: Round) -> None:
         """Workers whose inputs ended earlier have missed steps, and catch up with those who took them."""
         if len(set(round.pending)) > 1:
-            self.average(round)
+            self.averager.average(round)
+            self.pending = 0

@@ -6,19 +6,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.communication.collectives import Then, average, average_sharded
+from lightning_slowmo.averaging import Averager, ExactAverager
+from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Layout, Scratch, Shards
-
-NOT_DUE = 0
-"""What :meth:`Running.due` returns after a step that needs no communication."""
+from lightning_slowmo.compression import Compressor
+from lightning_slowmo.parameters import Layout
+from lightning_slowmo.private import foreach_norm
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,18 @@ class SyncReport:
         return {f"sync/{name}": float(value) for name, value in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class Round:
-    """The circumstances of one round of communication, equal on all workers.
+class Synced(NamedTuple):
+    """What a sync did, as the algorithm knows it; the engine adds bytes and seconds to a :class:`SyncReport`.
 
     Attributes:
-        levels: which levels of the algorithm communicate, a bit mask, see :meth:`Running.due`.
-        pending: local steps of each worker since the last sync, by rank.
-        present: which workers came for this round; the others wait elsewhere (their inputs ended) and merely help.
-        healthy: which workers have finite parameters; the others are to be left out, and get what the rest agree on.
-        same_rates: whether the learning rates are equal on all workers.
+        drift: distance of this worker from the mean before the sync, relative to the norm of the mean.
+        skipped: messages that a trigger held back.
+        agreed: whether the parameters are equal on all workers now; gossip, say, only brings them closer.
     """
 
-    levels: int = 1
-    pending: Sequence[int] = (1,)
-    present: Sequence[bool] = (True,)
-    healthy: Sequence[bool] = (True,)
-    same_rates: bool = True
-
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each worker in a mean: its local steps (equal if nobody took any), 0 if it is not healthy."""
-        steps = [pending * healthy for pending, healthy in zip(self.pending, self.healthy, strict=True)]
-        return [float(weight) for weight in (steps if any(steps) else self.healthy)]
+    drift: float = 0.0
+    skipped: int = 0
+    agreed: bool = False
 
 
 class Algorithm(ABC):
@@ -129,61 +118,46 @@ class Running(ABC):
     """An algorithm at work on one optimizer. It alone owns the algorithm's buffers and messages.
 
     The engine calls, in this order: :meth:`sync_gradients` when gradients are complete (if it exchanges them),
-    :meth:`before_step` and :meth:`after_step` around each optimizer step, and :meth:`sync` once the workers have met,
-    if any of them said that one was :meth:`due`.
+    :meth:`after_step` after each optimizer step, and :meth:`sync` once the workers have met, if any of them said that
+    one was :meth:`due`.
 
     Args:
         optimizer: the user's own.
         workers: who takes part.
-        base: the algorithm that this one wraps, if any, with which it shares layout and scratch memory.
+        base: the algorithm inside, if this is an outer loop: both share a layout and an averager.
         fragments: number of parts in which parameters are averaged.
-    """
 
-    level = 1
-    """This algorithm's bit in :meth:`due`."""
+    Attributes:
+        layout: how the trained parameters lie in messages.
+        averager: makes means of them.
+        innermost: the algorithm inside all outer loops, which counts steps and exchanges gradients: this one itself, if
+            it is no outer loop.
+        pending: local steps since the parameters were last averaged; on the innermost algorithm alone.
+        loss_scale: what a gradient scaler has multiplied this worker's gradients by; None if there is no scaler.
+    """
 
     exchanges_gradients = False
     """Whether :meth:`sync_gradients` communicates."""
 
-    loss_scale: float | None = None
-    """What a gradient scaler has multiplied this worker's gradients by; None if there is no scaler."""
-
-    fragment = 0
-    """Which of the layout's fragments :meth:`average` takes next."""
-
     def __init__(self, optimizer: Optimizer, workers: Workers, base: Running | None = None, fragments: int = 1) -> None:
         self.optimizer = optimizer
         self.workers = workers
-        self.scratch: Scratch = base.scratch if base is not None else Scratch()
-        self.layout: Layout = base.layout if base is not None else Layout(self.groups(), fragments=fragments)
-        self.shards: Shards | None = None
+        self.innermost: Running = base.innermost if base is not None else self
+        layout = base.layout if base is not None else Layout(self.groups(), workers.sizes, fragments=fragments)
+        self.layout: Layout = layout
+        self.averager: Averager = base.averager if base is not None else ExactAverager(self.layout, workers)
         self.pending = 0
+        self.loss_scale: float | None = None
 
     def groups(self) -> list[list[Tensor]]:
         """What is synced: the parameters of each parameter group of the optimizer that are not frozen."""
         return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
-    def rates(self) -> list[float]:
-        """The learning rate of each parameter group."""
-        return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
-
-    def is_finite(self) -> bool:
-        """Whether all parameters are finite."""
-        return are_finite(self.layout.parameters)
-
-    def agrees_after(self, round: Round) -> bool:
-        """Whether a sync makes the workers' parameters equal; gossip, say, only brings them closer."""
-        return False
-
-    def average_agrees(self, round: Round) -> bool:
-        """Whether :meth:`average` makes all of the workers' parameters equal, and at once."""
-        return True
-
     def place_slow_state(self, shard: bool, offload: bool) -> None:
         """Keep slow state elsewhere than whole and beside the parameters. Called once, before training.
 
         Args:
-            shard: whether each worker keeps a piece only.
+            shard: whether each worker keeps a share only.
             offload: whether it is kept in the CPU's memory.
 
         Raises:
@@ -194,90 +168,44 @@ class Running(ABC):
             "shard_slow_state and offload_slow_state."
         )
 
-    # Steps ------------------------------------------------------------------------------------------------------------
-
-    def before_step(self) -> None:
+    def join(self) -> None:
         """Make room for parameters that joined the optimizer or were unfrozen since the last step."""
         if not self.layout.covers(self.groups()):
-            self.drain()
-            self.relayout(Layout(self.groups(), fragments=self.layout.fragments))
+            self.averager.drain()
+            self.adopt_layout(Layout(self.groups(), self.workers.sizes, fragments=self.layout.fragments))
 
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout. Algorithms with slow state carry it along."""
+        self.averager.adopt_layout(layout)
         self.layout = layout
+
+    # Steps and syncs --------------------------------------------------------------------------------------------------
 
     def after_step(self) -> None:
         """Count a local step."""
         self.pending += 1
 
     @abstractmethod
-    def due(self) -> int:
-        """Whether the workers must meet now, and what for.
-
-        Returns:
-            :data:`NOT_DUE`, or a bit mask of levels: 1 for the innermost algorithm, the next bit for each wrapper.
-        """
-
-    # Rounds -----------------------------------------------------------------------------------------------------------
+    def due(self) -> Level:
+        """Which parts of the algorithm need a sync now; none after most steps."""
 
     @abstractmethod
-    def sync(self, round: Round) -> SyncReport:
-        """Communicate. Called on all workers together.
-
-        Returns:
-            Drift and skipped messages; the engine adds bytes and seconds.
-        """
+    def sync(self, round: Round) -> Synced:
+        """Communicate. Called on all workers together."""
 
     def sync_gradients(self, round: Round) -> None:
         """Exchange gradients. Called on all workers together, only if :attr:`exchanges_gradients`."""
 
-    def average(self, round: Round, then: Then | None = None) -> float:
-        """Exact average of the parameters: line 6 of SlowMo's Algorithm 1.
-
-        Workers weigh as many steps as they took since the last sync, which is equal in all but uneven inputs.
-
-        Args:
-            round: the circumstances.
-            then: what is made of the mean, if the parameters get something else.
-
-        Returns:
-            The drift of this worker.
-        """
-        if self.shards is not None and then is not None:
-            drift = average_sharded(self.shards, self.workers, self.scratch, round.weights, then)
-        else:
-            drift = average(self.layout.buckets, self.workers, self.scratch, round.weights, then)
-        self.pending = 0
-        return drift
-
     def moved(self) -> None:
-        """Take note that a wrapper has moved the parameters by itself, after :meth:`sync`."""
+        """Take note that the parameters were changed from outside: by an outer loop, or at the end of training."""
 
-    def drain(self) -> None:
-        """Wait for the messages that are still in flight; all workers have sent theirs."""
-
-    def consensus(self, round: Round) -> None:
-        """Overwrite the parameters with the model that is evaluated and saved: the mean over the workers."""
-        average(self.layout.buckets, self.workers, self.scratch, round.weights)
-
-    def finish(self, round: Round) -> None:
-        """End with the consensus for good: whoever trains on starts from it. Called on all workers together."""
-        self.consensus(round)
-
-    def agreed_rates(self, round: Round) -> list[float]:
-        """The learning rates, by group; their mean over the workers if they differ (a local plateau scheduler)."""
-        rates = self.rates()
-        if round.same_rates:
-            return rates
-        return [math.fsum(column) / self.workers.size for column in zip(*self.workers.gather(rates), strict=True)]
-
-    def regroup(self, round: Round) -> None:
-        """All workers have come to a meeting that is not a round, some of them perhaps from fewer steps than others."""
+    def catch_up(self, round: Round) -> None:
+        """At a meeting without a round, bring workers that have taken different numbers of steps to the same point."""
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def shared_state(self) -> dict[str, Any]:
-        """State that is equal on all workers: tensors and plain values only."""
+        """State that is equal on all workers: tensors and plain values only. All workers must call this."""
         return {}
 
     def local_state(self) -> dict[str, Any]:
@@ -292,12 +220,25 @@ class Running(ABC):
         self.pending = state["pending"]
 
 
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of each parameter group."""
+    return [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+
+
+def agreed_rates(optimizer: Optimizer, workers: Workers, round: Round) -> list[float]:
+    """The learning rates, by group; their mean over the workers if they differ (a local plateau scheduler)."""
+    rates = learning_rates(optimizer)
+    if round.same_rates:
+        return rates
+    return [math.fsum(column) / workers.size for column in zip(*workers.gather(rates), strict=True)]
+
+
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all elements of all tensors are finite."""
     if not tensors:
         return True
     tensors = [tensor.detach() for tensor in tensors]
-    norms = [norm.double() for norm in torch._foreach_norm(tensors)]
+    norms = [norm.double() for norm in foreach_norm(tensors)]
     if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
         return True
     # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
@@ -322,6 +263,12 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
 
+def check_compressor(value: Any) -> None:
+    """Raise ValueError unless ``value`` is a compressor."""
+    if not isinstance(value, Compressor):
+        raise ValueError(f"compressor must be a compressor such as QSGD(bits=4), got {value!r}.")
+
+
 def check_streaming(sync_every: int, overlap: Any, fragments: Any) -> None:
     """Raise ValueError unless ``fragments`` divides ``sync_every``, and ``overlap`` ends before the next sync."""
     check_period("overlap", overlap, least=0)
@@ -333,16 +280,3 @@ def check_streaming(sync_every: int, overlap: Any, fragments: Any) -> None:
             f"overlap must be less than the {sync_every // fragments} steps between two syncs (sync_every / fragments),"
             f" got {overlap!r}."
         )
-
-
-def copy_state(targets: Sequence[Tensor], sources: Sequence[Tensor], what: str) -> None:
-    """Copy checkpointed tensors into place.
-
-    Raises:
-        ValueError: if number or shapes do not fit the present model.
-    """
-    if [t.shape for t in targets] != [s.shape for s in sources]:
-        raise ValueError(f"The checkpoint's {what} does not fit the parameters of the optimizer; is it the same model?")
-    with torch.no_grad():
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)

@@ -22,7 +22,6 @@ from lightning_slowmo import traffic
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import (
     Algorithm,
-    Round,
     Running,
     check_momentum,
     check_period,
@@ -30,10 +29,12 @@ from lightning_slowmo.algorithms.base import (
     check_streaming,
 )
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
-from lightning_slowmo.algorithms.local_sgd import LocalSGD
-from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
+from lightning_slowmo.algorithms.local_sgd import local_steps
+from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.arithmetic import add, multiply, subtract
+from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.parameters import Layout
 
 
 @dataclass(frozen=True)
@@ -87,33 +88,73 @@ class BMUF(Algorithm):
         return layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments))
 
 
+def block_update(
+    anchor: Tensor,
+    start: Tensor,
+    total: Tensor,
+    momentum: Tensor,
+    *,
+    share: float,
+    block_momentum: float,
+    block_lr: float,
+    nesterov: bool,
+    warming_up: bool,
+) -> tuple[Tensor, Tensor]:
+    """Filter the update of one block of local steps.
+
+    Args:
+        anchor: W_g.
+        start: W_g as the parameters could hold it.
+        total: a sum over the workers.
+        momentum: -D.
+        share: what makes the mean of the W_i of the sum.
+        block_momentum: eta.
+        block_lr: zeta.
+        nesterov: whether the next block starts from where the momentum will take it.
+        warming_up: whether the block is averaged without momentum.
+
+    Returns:
+        The new W_g and -D.
+    """
+    difference = subtract(start, total, share, out=total)  # -G = W_g - mean_i W_i
+    if warming_up:
+        return subtract(anchor, difference, out=anchor), momentum
+    momentum = multiply(momentum, block_momentum, out=momentum)
+    momentum = add(momentum, difference, block_lr, out=momentum)  # -D = eta (-D) + zeta (-G)
+    if nesterov:
+        anchor = subtract(anchor, difference, block_lr, out=anchor)  # W_g = W_g + zeta G + eta D
+        return subtract(anchor, momentum, block_momentum, out=anchor), momentum
+    return subtract(anchor, momentum, out=anchor), momentum  # W_g = W = W_g + D
+
+
 class RunningBMUF(RunningOuterLoop):
-    """BMUF at work. ``anchor`` is W_g and ``momentum`` is -D."""
+    """BMUF at work. ``anchor`` is W_g and ``momentum`` is -D.
+
+    Attributes:
+        block_momentum: eta.
+        blocks: blocks done, or with fragments, their parts.
+    """
+
+    rule = staticmethod(block_update)
 
     def __init__(self, config: BMUF, optimizer: Optimizer, workers: Workers) -> None:
         treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        base = LocalSGD(config.sync_every, config.overlap, config.fragments)
-        super().__init__(base, config.sync_every // config.fragments, treatment, True, optimizer, workers)
+        base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments)
+        super().__init__(base, config.sync_every // config.fragments, treatment, optimizer, workers)
         self.config = config
         self.block_momentum = 1 - 1 / workers.size if config.block_momentum is None else config.block_momentum
         self.blocks = 0
 
-    def begin_outer_step(self, round: Round) -> None:
-        """Count the block, or the fragment's part of one."""
+    def scalars(self, round: Round) -> list[Scalars]:
+        """The numbers of the filter, the same for all parameter groups; counts the block."""
         self.blocks += 1
-
-    def outer_step(self, block: Block, difference: Tensor) -> None:
-        """Filter the block's update."""
-        if self.blocks * self.sync_every <= self.config.warmup_steps:
-            block.of(self.anchor).sub_(difference)
-            return
-        eta, zeta = self.block_momentum, self.config.block_lr
-        anchor, v = block.of(self.anchor), block.of(self.momentum)
-        v.mul_(eta).add_(difference, alpha=zeta)
-        if self.config.nesterov:
-            anchor.sub_(difference, alpha=zeta).sub_(v, alpha=eta)
-        else:
-            anchor.sub_(v)
+        numbers = {
+            "block_momentum": self.block_momentum,
+            "block_lr": self.config.block_lr,
+            "nesterov": self.config.nesterov,
+            "warming_up": self.blocks * self.sync_every <= self.config.warmup_steps,
+        }
+        return [numbers] * len(self.optimizer.param_groups)
 
     def slow_state(self) -> dict[str, object]:
         """Anchor, momentum, and the number of blocks done."""

@@ -24,11 +24,20 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncReport, check_period, check_rate
+from lightning_slowmo.algorithms.base import (
+    Algorithm,
+    Running,
+    Synced,
+    check_compressor,
+    check_period,
+    check_rate,
+    learning_rates,
+)
 from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step, symmetric
 from lightning_slowmo.algorithms.estimates import RunningEstimates
-from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
-from lightning_slowmo.communication.collectives import Drift
+from lightning_slowmo.averaging.compressed import generators
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, SignTopK
 from lightning_slowmo.parameters import Layout
@@ -64,7 +73,7 @@ class Threshold:
             check_period("until", self.until, least=0)
 
     def at(self, sync: int) -> float:
-        """C at a sync, counted from 0."""
+        """The threshold c_t of the trigger at a sync, counted from 0."""
         grown = sync if self.until is None else min(sync, self.until)
         return self.initial + self.growth * (grown // self.every)
 
@@ -168,17 +177,18 @@ class RunningSQuARM(RunningEstimates):
             )
         return config.consensus_step
 
-    def sync(self, round: Round) -> SyncReport:
+    def sync(self, round: Round) -> Synced:
         """Tell the neighbours what changed, if it is worth it, and move towards what is known of them."""
         if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
-            return SyncReport(drift=self.average(round))
+            self.pending = 0
+            return Synced(self.averager.average(round))
         rank = self.workers.rank
         speaks = [bool(row[0]) for row in self.workers.gather([self._triggers()], "who has something to say")]
         plan = self.schedule.exchange(rank, 0)
         generator_on = generators(self.config.seed, rank, self.syncs)
         drift = Drift(self.layout.numel)
         for bucket in self.layout.buckets:
-            x = bucket.pack(self.scratch.take(bucket))
+            x = bucket.pack(self.averager.scratch.take(bucket))
             local, estimate, mixed = drift.sample(x), bucket.of(self.estimate), bucket.of(self.mixed)
             self.tell(bucket, x, estimate, mixed, plan, speaks, generator_on(bucket.device))
             x.add_(mixed - estimate, alpha=self.consensus_step)
@@ -186,16 +196,16 @@ class RunningSQuARM(RunningEstimates):
             bucket.unpack(x)
         self.syncs += 1
         self.pending = 0
-        return SyncReport(drift=drift.value(), skipped=int(not speaks[rank]))
+        return Synced(drift.value(), skipped=int(not speaks[rank]))
 
     def _triggers(self) -> bool:
         """Whether the whole model's difference, in units of the learning rate, exceeds the threshold."""
         c = self.config.trigger.at(self.syncs)
         if c == 0 or math.isinf(c):
             return c == 0
-        rates, squares = self.rates(), 0.0
+        rates, squares = learning_rates(self.optimizer), 0.0
         for bucket in self.layout.buckets:
-            difference = bucket.pack(self.scratch.take(bucket)) - bucket.of(self.estimate)
+            difference = bucket.pack(self.averager.scratch.take(bucket)) - bucket.of(self.estimate)
             rate = rates[bucket.group]
             square = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
             squares += square / rate**2 if rate else (math.inf if square else 0.0)

@@ -21,19 +21,21 @@ from torch.optim import Optimizer
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import (
     Algorithm,
-    Round,
     Running,
-    SyncReport,
+    Synced,
+    check_compressor,
     check_momentum,
     check_period,
     check_rate,
     check_streaming,
 )
-from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
-from lightning_slowmo.algorithms.quantized_averaging import check_compressor, local_steps
+from lightning_slowmo.algorithms.local_sgd import local_steps
+from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.arithmetic import add, subtract
+from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
-from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.parameters import Layout
 
 OuterOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 """Anything that makes an optimizer of parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``."""
@@ -110,20 +112,57 @@ class DiLoCo(Algorithm):
         return layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments) + compressed)
 
 
+def nesterov_step(
+    anchor: Tensor,
+    start: Tensor,
+    total: Tensor,
+    momentum: Tensor,
+    *,
+    share: float,
+    outer_lr: float,
+    outer_momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of SGD with Nesterov momentum along the outer gradient.
+
+    Args:
+        anchor: theta.
+        start: theta as the parameters could hold it.
+        total: a sum over the workers.
+        momentum: v.
+        share: what makes the mean of the sum.
+        outer_lr: eta.
+        outer_momentum: mu.
+
+    Returns:
+        The new theta and v.
+    """
+    delta = subtract(start, total, share, out=total)  # the outer gradient, theta - mean_i theta_i
+    momentum = add(delta, momentum, outer_momentum, out=momentum)  # v = mu v + delta
+    delta = add(delta, momentum, outer_momentum, out=delta)
+    return subtract(anchor, delta, outer_lr, out=anchor), momentum  # theta = theta - eta (delta + mu v)
+
+
+def outer_gradient(
+    anchor: Tensor, start: Tensor, total: Tensor, momentum: Tensor, *, share: float
+) -> tuple[Tensor, Tensor]:
+    """Collect the outer gradient in place of a momentum; a step of the user's own optimizer needs all of it."""
+    return anchor, subtract(start, total, share, out=momentum)
+
+
 class RunningDiLoCo(RunningOuterLoop):
     """DiLoCo with the paper's outer optimizer, in closed form. ``anchor`` is theta and ``momentum`` is v."""
 
+    rule = staticmethod(nesterov_step)
+
     def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
-        base = local_steps(config.sync_every, config.compressor, config.overlap, config.fragments)
-        super().__init__(base, config.sync_every // config.fragments, "maintain", True, optimizer, workers)
+        base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments, config.compressor)
+        super().__init__(base, config.sync_every // config.fragments, "maintain", optimizer, workers)
         self.config = config
 
-    def outer_step(self, block: Block, difference: Tensor) -> None:
-        """One step of SGD with Nesterov momentum."""
-        eta, mu = self.config.outer_lr, self.config.outer_momentum
-        anchor, v = block.of(self.anchor), block.of(self.momentum)
-        torch.add(difference, v, alpha=mu, out=v)
-        anchor.sub_(difference.add_(v, alpha=mu), alpha=eta)
+    def scalars(self, round: Round) -> list[Scalars]:
+        """Outer learning rate and momentum."""
+        numbers = {"outer_lr": self.config.outer_lr, "outer_momentum": self.config.outer_momentum}
+        return [numbers] * len(self.optimizer.param_groups)
 
 
 class RunningOuterOptimizer(RunningOuterLoop):
@@ -133,11 +172,17 @@ class RunningOuterOptimizer(RunningOuterLoop):
     between the average and the step.
     """
 
+    rule = staticmethod(outer_gradient)
+
     def __init__(self, config: DiLoCo, make: OuterOptimizer, optimizer: Optimizer, workers: Workers) -> None:
-        base = local_steps(config.sync_every, config.compressor)
-        super().__init__(base, config.sync_every, "maintain", True, optimizer, workers)
+        base = local_steps(optimizer, workers, config.sync_every, compressor=config.compressor)
+        super().__init__(base, config.sync_every, "maintain", optimizer, workers)
         self.make = make
         self.outer = make(self._outer_parameters())
+
+    def scalars(self, round: Round) -> list[Scalars]:
+        """None."""
+        return [{}] * len(self.optimizer.param_groups)
 
     def place_slow_state(self, shard: bool, offload: bool) -> None:
         """Not possible: the outer optimizer holds the anchor."""
@@ -153,28 +198,24 @@ class RunningOuterOptimizer(RunningOuterLoop):
             parameters.append(parameter)
         return parameters
 
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, and the outer optimizer's state of the parameters that stay."""
         old = dict(zip(map(id, self.layout.parameters), self.outer.param_groups[0]["params"], strict=True))
         states = self.outer.state
-        super().relayout(layout)
+        super().adopt_layout(layout)
         self.outer = self.make(self._outer_parameters())
         for parameter, outer in zip(layout.parameters, self.outer.param_groups[0]["params"], strict=True):
             if id(parameter) in old and old[id(parameter)] in states:
                 self.outer.state[outer] = states[old[id(parameter)]]
 
-    def outer_step(self, block: Block, difference: Tensor) -> None:
-        """Collect the outer gradient; the step itself needs all of them."""
-        block.of(self.momentum).copy_(difference)
-
-    def sync(self, round: Round) -> SyncReport:
+    def sync(self, round: Round) -> Synced:
         """Average, then step the outer optimizer and restart from where it went."""
-        report = super().sync(round)
-        if round.levels & self.level:
+        synced = super().sync(round)
+        if round.levels & Level.OUTER:
             with torch.no_grad():
                 self.outer.step()
             self.layout.restore(self.anchor)
-        return report
+        return synced
 
     def slow_state(self) -> dict[str, Any]:
         """Anchor and the outer optimizer's state."""

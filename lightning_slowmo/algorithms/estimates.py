@@ -7,22 +7,25 @@ weights that never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import NOT_DUE, Round, Running, copy_state
-from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.algorithms.base import Running
+from lightning_slowmo.averaging import Contributor, ExactAverager
+from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.communication.meeting import Level
+from lightning_slowmo.communication.pipeline import start
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
-from lightning_slowmo.parameters import Block, Bucket, Layout
+from lightning_slowmo.parameters import Bucket, Layout
 from lightning_slowmo.topology import Exchange
 
 
-class RunningEstimates(Running):
+class RunningEstimates(Running, Contributor):
     """Gossip that keeps estimates; a subclass says when a worker speaks and what becomes of the mix.
 
     Args:
@@ -39,20 +42,21 @@ class RunningEstimates(Running):
 
     def __init__(self, sync_every: int, compressor: Compressor, optimizer: Optimizer, workers: Workers) -> None:
         super().__init__(optimizer, workers)
+        self.averager = ExactAverager(self.layout, workers, self)
         self.sync_every = sync_every
         self.compressor = compressor
         self.syncs = 0
-        self._begin_anew()
+        self.restart()
         if not workers.alone:  # NCCL wants all workers in the first communication of a group
             workers.broadcast(torch.zeros(1, device=self.layout.runs[0].device))
 
-    def _begin_anew(self) -> None:
-        """All are at one point, and know it."""
+    def restart(self) -> None:
+        """Reset the estimates of all workers to the parameters, which are the same on all of them now."""
         self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
 
-    def due(self) -> int:
-        """Level 1 after every ``sync_every`` local steps."""
-        return 1 if self.pending >= self.sync_every else NOT_DUE
+    def due(self) -> Level:
+        """After every ``sync_every`` local steps."""
+        return Level.BASE if self.pending >= self.sync_every else Level.NONE
 
     def tell(
         self,
@@ -83,31 +87,21 @@ class RunningEstimates(Running):
             payload = torch.empty(size, dtype=torch.uint8, device=x.device)
         receivers = [peer for peer, _ in plan.sends] if speaks[rank] else []
         senders = [(peer, weight) for peer, weight in plan.receives if speaks[peer]]
-        delivery = exchange(self.workers, payload, receivers, senders)
+        under_way = start(self.workers.send_and_receive(payload, receivers, [peer for peer, _ in senders]))
         if speaks[rank]:  # what the others decode, while it travels
             own = compressor.decode(payload, segments, x.dtype)
             own.add_to(estimate)
             own.add_to(mixed, plan.self_weight)
-        for message, weight in delivery.messages():
+        for message, (_, weight) in zip(under_way.wait(), senders, strict=True):
             compressor.decode(message, segments, x.dtype).add_to(mixed, weight)
 
-    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
-        """Exact average, from which gossip begins anew: everybody knows it."""
-        drift = super().average(round, then)
-        self._begin_anew()
-        return drift
-
-    def finish(self, round: Round) -> None:
-        """End with an exact average."""
-        self.average(round)
-
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout; a parameter that joins must be equal on all workers, as at the start."""
         estimate, mixed = layout.snapshot(), layout.snapshot()
         layout.carry(self.layout, self.estimate, estimate)
         layout.carry(self.layout, self.mixed, mixed)
         self.estimate, self.mixed = estimate, mixed
-        super().relayout(layout)
+        super().adopt_layout(layout)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +119,7 @@ class RunningEstimates(Running):
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
         self.syncs = state["syncs"]
-        self._begin_anew()
+        self.restart()
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned."""

@@ -24,7 +24,7 @@ them, and a step d of whatever optimizer is read off as x / w less the parameter
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -34,12 +34,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
-from lightning_slowmo.communication.collectives import Drift, average
-from lightning_slowmo.communication.exchange import Delivery, exchange
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_period
+from lightning_slowmo.averaging import Contributor, ExactAverager
+from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.communication.meeting import Level, Round
+from lightning_slowmo.communication.pipeline import Transfer, UnderWay, pipeline, start
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Bucket, Layout
-from lightning_slowmo.topology import Mixing, make
+from lightning_slowmo.parameters import Bucket, Layout
+from lightning_slowmo.topology import Exchange, Mixing, make
 
 Order = Literal["adapt_then_combine", "combine_while_adapt"]
 """Whether what is mixed has this step's gradient in it already, or gets it afterwards."""
@@ -112,29 +115,28 @@ class Late:
 
     Attributes:
         weights: by how much they raise the push-sum weight of each worker, by rank.
-        deliveries: what comes to this worker, one for each bucket in order.
+        arriving: for each bucket in order, the sum of what comes to this worker; its result is None if nothing does.
     """
 
     weights: np.ndarray
-    deliveries: deque[Delivery] = field(default_factory=deque)
+    arriving: deque[UnderWay[Tensor | None]] = field(default_factory=deque)
 
     @classmethod
-    def landed(cls, weights: Iterable[float], layout: Layout, buffers: list[Tensor]) -> Late:
-        """Messages that have come, from their sum as :meth:`total` gave it."""
-        pieces = (bucket.of(buffers) for bucket in layout.buckets)
-        return cls(np.array(weights), deque(Delivery([(piece, 1.0)]) for piece in pieces))
+    def of(cls, weights: Iterable[float], layout: Layout, buffers: list[Tensor]) -> Late:
+        """Messages that have come already, from their sum as :meth:`total` gives it."""
+        return cls(np.array(weights), deque(start(_arrived(bucket.of(buffers))) for bucket in layout.buckets))
 
     def total(self, layout: Layout) -> list[Tensor]:
         """What the messages add to this worker's numerators, one flat tensor per run."""
         buffers = layout.zeros()
-        for bucket, delivery in zip(layout.buckets, self.deliveries, strict=True):
-            total = delivery.wait()
+        for bucket, arriving in zip(layout.buckets, self.arriving, strict=True):
+            total = arriving.wait()
             if total is not None:
                 bucket.of(buffers).copy_(total)
         return buffers
 
 
-class RunningGossip(Running):
+class RunningGossip(Running, Contributor):
     """Gossip at work.
 
     Attributes:
@@ -147,6 +149,7 @@ class RunningGossip(Running):
 
     def __init__(self, config: Gossip, optimizer: Optimizer, workers: Workers) -> None:
         super().__init__(optimizer, workers)
+        self.averager = ExactAverager(self.layout, workers, self)
         self.config = config
         self.schedule = make(config.topology, config.mixing).on(workers.size)
         if not (config.push_sum or self.schedule.doubly_stochastic):
@@ -170,93 +173,98 @@ class RunningGossip(Running):
         """This worker's push-sum weight."""
         return float(self.weights[self.workers.rank])
 
-    def due(self) -> int:
-        """Level 1 after every step."""
-        return 1 if self.pending else NOT_DUE
+    def due(self) -> Level:
+        """After every step."""
+        return Level.BASE if self.pending else Level.NONE
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
-    def sync(self, round: Round) -> SyncReport:
+    def sync(self, round: Round) -> Synced:
         """Send this worker's model, and mix in what came.
 
         The drift is an estimate: this worker's distance from the mix that it makes, as the mean of all is not known.
         """
         if self.workers.alone:
             self.pending = 0
-            return SyncReport()
+            return Synced()
         if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
-            return SyncReport(drift=self.average(round))
-        drift = self._mix()
-        self.step += 1
+            synced = Synced(self.averager.average(round))
+        else:
+            synced = Synced(self._mix())
+            self.step += 1
         self.pending = 0
-        return SyncReport(drift=drift)
+        return synced
 
     def _mix(self) -> float:
-        """One step of gossip, bucket by bucket, a few of them in flight. Returns the drift."""
-        plan = self.schedule.exchange(self.workers.rank, self.step)
-        matrix = self.schedule.weights(self.step)
+        """One step of gossip, bucket by bucket, a few of them under way. Returns the drift."""
+        plan, matrix = self.schedule.exchange(self.workers.rank, self.step), self.schedule.weights(self.step)
         old, kept = self.weight, matrix.diagonal() * self.weights
-        leaving = Late(matrix @ self.weights - kept)
+        leaving = Late(matrix @ self.weights - kept)  # p_ij w_j of all other j
         self.in_flight.append(leaving)
         arriving = [self.in_flight.popleft() for _ in range(len(self.in_flight) - self.config.overlap)]
         if self._weighted:
-            self.weights = sum((late.weights for late in arriving), kept)
+            self.weights = sum((late.weights for late in arriving), kept)  # w_i = sum_j p_ij w_j
         drift = Drift(self.layout.numel)
-        waiting: deque[tuple[Bucket, Tensor, Tensor, Tensor, Tensor | None]] = deque()
-
-        def arrive() -> None:
-            bucket, local, model, x, step = waiting.popleft()
-            totals = [late.deliveries.popleft().wait() for late in arriving]
-            x.mul_(plan.self_weight)  # only now, since x itself may have been on its way
-            for total in totals:
-                if total is not None:
-                    x.add_(total)
-            if step is not None:
-                x.add_(step)
-            if x is not model:
-                torch.div(x, self.weight, out=model)
-            drift.compare(local, model, 1.0)
-            bucket.unpack(model)
-
-        receivers = [peer for peer, _ in plan.sends]
-        for bucket in self.layout.buckets:
-            if len(waiting) == self.scratch.count:
-                arrive()
-            model = bucket.pack(self.scratch.take(bucket))
-            local, x, step = drift.sample(model), model, None
-            if self.numerators is not None:
-                x = bucket.of(self.numerators)
-                step = model.sub_(bucket.rounded(x / old))
-                if self.config.order == "adapt_then_combine":
-                    x.add_(step)
-                    step = None
-            message = x.clone() if self.config.overlap else x
-            leaving.deliveries.append(exchange(self.workers, message, receivers, plan.receives))
-            waiting.append((bucket, local, model, x, step))
-        while waiting:
-            arrive()
+        transfers = (self._mix_bucket(bucket, plan, old, leaving, arriving, drift) for bucket in self.layout.buckets)
+        pipeline(transfers, depth=self.averager.scratch.count)
         return drift.value()
 
-    def drain(self) -> None:
-        """Wait until the messages in flight have come. They stay where they are until it is their turn."""
-        for late in self.in_flight:
-            for delivery in late.deliveries:
-                delivery.wait()
+    def _mix_bucket(
+        self, bucket: Bucket, plan: Exchange, old: float, leaving: Late, arriving: list[Late], drift: Drift
+    ) -> Transfer[None]:
+        """SGP's equations for one bucket, or D-PSGD's; ``z`` are the module's parameters, ``old`` the weight w_i."""
+        z = bucket.pack(self.averager.scratch.take(bucket))
+        local, x, step = drift.sample(z), z, None
+        if self.numerators is not None:
+            x = bucket.of(self.numerators)
+            step = z.sub_(bucket.rounded(x / old))  # - gamma_t d_i(z_i), whatever the optimizer is
+            if self.config.order == "adapt_then_combine":
+                x.add_(step)  # x_i½ = x_i - gamma_t d_i(z_i)
+                step = None
+        message = x.clone() if self.config.overlap else x
+        leaving.arriving.append(start(self._shares(message, plan)))
+        yield
+        totals = [late.arriving.popleft().wait() for late in arriving]
+        x.mul_(plan.self_weight)  # only now, since x itself may have been on its way
+        for total in totals:
+            if total is not None:
+                x.add_(total)  # x_i = sum_j p_ij x_j½
+        if step is not None:
+            x.add_(step)  # D-PSGD: x_i = sum_j w_ij x_j - gamma_t d_i(x_i)
+        if x is not z:
+            torch.div(x, self.weight, out=z)  # z_i = x_i / w_i
+        drift.compare(local, z, 1.0)
+        bucket.unpack(z)
 
-    def average(self, round: Round, then: Callable[[Block, Tensor, float], None] | None = None) -> float:
-        """Exact average of all mass, that in flight included; gossip begins anew from it, with weights of one.
+    def _shares(self, message: Tensor, plan: Exchange) -> Transfer[Tensor | None]:
+        """Send a message to this step's peers; the sum of this worker's shares p_ij of theirs, None if none comes."""
+        receivers, senders = [peer for peer, _ in plan.sends], [peer for peer, _ in plan.receives]
+        messages = yield from self.workers.send_and_receive(message, receivers, senders)
+        if not messages:
+            return None
+        (total, *others), (first, *shares) = messages, [share for _, share in plan.receives]
+        if first != 1:
+            total.mul_(first)
+        for other, share in zip(others, shares, strict=True):
+            total.add_(other, alpha=share)
+        return total
 
-        It stands in for the round of a step, so the schedule moves on. Workers weigh as much mass as they hold: the
-        steps that each took are in the mass of all, and to weigh by them would count some twice.
+    def restart(self) -> None:
+        """All workers stand at one point, an exact average of all mass: gossip begins anew with weights of one.
+
+        The average stands in for the gossip of a step, so the schedule moves on.
         """
-        drift = average(self.layout.buckets, self.workers, self.scratch, self._gather_mass(round), then)
         self.in_flight.clear()
         self.weights = np.ones(self.workers.size)
         if self.numerators is not None:
             self.numerators = self.layout.snapshot()
         self.step += 1
-        self.pending = 0
-        return drift
+
+    def drain(self) -> None:
+        """Wait until the messages in flight have come. They stay where they are until it is their turn."""
+        for late in self.in_flight:
+            for arriving in late.arriving:
+                arriving.wait()
 
     def moved(self) -> None:
         """Move all mass that is this worker's as the parameters were moved, also that on its way here.
@@ -267,25 +275,19 @@ class RunningGossip(Running):
             return
         for index, bucket in enumerate(self.layout.buckets):
             x = bucket.of(self.numerators)
-            move = bucket.pack(self.scratch.take(bucket)) - bucket.rounded(x / self.weight)
+            move = bucket.pack(self.averager.scratch.take(bucket)) - bucket.rounded(x / self.weight)
             x.add_(move, alpha=self.weight)
             for late in self.in_flight:
-                total = late.deliveries[index].wait()
+                total = late.arriving[index].wait()
                 if total is not None:
                     total.add_(move, alpha=float(late.weights[self.workers.rank]))
 
-    def consensus(self, round: Round) -> None:
-        """Overwrite the parameters with the mean of all mass, that in flight included, which stays in flight."""
-        average(self.layout.buckets, self.workers, self.scratch, self._gather_mass(round))
-
-    def finish(self, round: Round) -> None:
-        """End with an exact average."""
-        self.average(round)
-
-    def _gather_mass(self, round: Round) -> list[float]:
+    def contribute(self, round: Round) -> list[float]:
         """Let the parameters hold the de-biased model of all mass that is this worker's, also that on its way here.
 
-        Numerators and weights stay as they are, so what is overwritten can be restored.
+        Numerators and weights stay as they are, so what is overwritten can be restored. In an average, workers weigh
+        as much mass as they hold: the steps that each took are in the mass of all, and to weigh by them would count
+        some twice.
 
         Returns:
             The push-sum weight that each worker then has; 0 for those who are not healthy.
@@ -295,14 +297,14 @@ class RunningGossip(Running):
             arriving = [late.total(self.layout) for late in self.in_flight]
             for bucket in self.layout.buckets:
                 x = bucket.of(self.numerators)
-                model = bucket.pack(self.scratch.take(bucket))
+                model = bucket.pack(self.averager.scratch.take(bucket))
                 model.sub_(bucket.rounded(x / self.weight)).add_(x)  # and a step that was not mixed in yet
                 for buffers in arriving:
                     model.add_(bucket.of(buffers))
                 bucket.unpack(model.div_(weights[self.workers.rank]))
         return [float(weight) * healthy for weight, healthy in zip(weights, round.healthy, strict=True)]
 
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout.
 
         What is in flight of a parameter that joins counts as if the senders had had this worker's value of it, which is
@@ -317,8 +319,8 @@ class RunningGossip(Running):
                 ]
             ]
             pairs = zip(self.in_flight, arriving, strict=True)
-            self.in_flight = deque(Late.landed(late.weights, layout, buffers) for late, buffers in pairs)
-        super().relayout(layout)
+            self.in_flight = deque(Late.of(late.weights, layout, buffers) for late, buffers in pairs)
+        super().adopt_layout(layout)
 
     def _carried(self, layout: Layout, buffers: list[Tensor], weight: float) -> list[Tensor]:
         """Numerators in a new layout; those of parameters that join are their present values times the weight."""
@@ -366,4 +368,10 @@ class RunningGossip(Running):
         for late in state["in_flight"]:
             buffers = self.layout.zeros()
             copy_state(self.layout.per_parameter(buffers), late["numerators"], "messages in flight")
-            self.in_flight.append(Late.landed(late["weights"], self.layout, buffers))
+            self.in_flight.append(Late.of(late["weights"], self.layout, buffers))
+
+
+def _arrived(total: Tensor) -> Transfer[Tensor | None]:
+    """A transfer of something that has come already."""
+    yield from ()
+    return total

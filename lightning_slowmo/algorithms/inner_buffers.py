@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
-from lightning_slowmo.communication.collectives import average_tensors
+from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication.workers import SyncError, Workers
 
 InnerBuffers = Literal["reset", "maintain", "average", "auto"]

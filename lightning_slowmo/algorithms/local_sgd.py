@@ -6,23 +6,18 @@ optimizer it is what the SlowMo paper calls Local Adam.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import (
-    NOT_DUE,
-    Algorithm,
-    Round,
-    Running,
-    SyncReport,
-    check_period,
-    check_streaming,
-)
-from lightning_slowmo.algorithms.streaming import RunningStreaming, check_saved
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_period, check_streaming
+from lightning_slowmo.averaging import Averager, CompressedAverager, DelayedAverager
+from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Layout
 
 
@@ -56,9 +51,7 @@ class LocalSGD(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
-        if self.overlap or self.fragments > 1:
-            return RunningStreaming(self.sync_every, self.overlap, self.fragments, optimizer, workers)
-        return RunningLocalSGD(self, optimizer, workers)
+        return local_steps(optimizer, workers, self.sync_every, self.overlap, self.fragments)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
         """An average of the parameters every ``sync_every`` steps."""
@@ -71,37 +64,85 @@ class LocalSGD(Algorithm):
 
 
 class RunningLocalSGD(Running):
-    """Local SGD at work; it needs no state but the count of steps."""
+    """Local steps, and an average now and then: exact, delayed or compressed, as its averager does it.
 
-    def __init__(self, config: LocalSGD, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(optimizer, workers)
-        self.config = config
+    Args:
+        sync_every: optimizer steps between averages.
+        optimizer: the user's own.
+        workers: who takes part.
+        make_averager: makes what averages the parameters of a layout; None: an exact average of all at once.
+        fragments: number of parts of which one at a time is averaged.
+    """
 
-    def agrees_after(self, round: Round) -> bool:
-        """Always."""
-        return True
+    def __init__(
+        self,
+        sync_every: int,
+        optimizer: Optimizer,
+        workers: Workers,
+        make_averager: Callable[[Layout], Averager] | None = None,
+        fragments: int = 1,
+    ) -> None:
+        super().__init__(optimizer, workers, fragments=fragments)
+        self.sync_every = sync_every
+        if make_averager is not None:
+            self.averager = make_averager(self.layout)
 
-    def due(self) -> int:
-        """Level 1 after every ``sync_every`` local steps."""
-        return 1 if self.pending >= self.config.sync_every else NOT_DUE
+    def after_step(self) -> None:
+        """Count a local step, during which an average may have been under way."""
+        super().after_step()
+        self.averager.after_step()
 
-    def sync(self, round: Round) -> SyncReport:
+    def due(self) -> Level:
+        """After every ``sync_every`` local steps."""
+        return Level.BASE if self.pending >= self.sync_every else Level.NONE
+
+    def sync(self, round: Round) -> Synced:
         """Average."""
-        return SyncReport(drift=self.average(round))
+        agreed, drift = self.averager.agrees(round), self.averager.average(round)
+        self.pending = 0
+        return Synced(drift, agreed=agreed)
+
+    def shared_state(self) -> dict[str, Any]:
+        """What the averager keeps."""
+        return self.averager.shared_state()
+
+    def local_state(self) -> dict[str, Any]:
+        """The count of steps, and what the averager keeps on this worker."""
+        return super().local_state() | self.averager.local_state()
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Nothing, but fragments would not fit."""
-        check_saved(state, fragments=1)
+        """Restore what :meth:`shared_state` returned."""
+        self.averager.load_shared_state(state)
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore the count of steps.
-
-        Raises:
-            ValueError: if an average was in flight.
-        """
-        if state.get("in_flight"):
-            raise ValueError(
-                "The checkpoint was saved while an average was on its way. Resume with the same overlap, or load the "
-                "weights alone."
-            )
+        """Restore what :meth:`local_state` returned."""
+        self.averager.load_local_state(state)
         super().load_local_state(state)
+
+
+def local_steps(
+    optimizer: Optimizer,
+    workers: Workers,
+    sync_every: int,
+    overlap: int = 0,
+    fragments: int = 1,
+    compressor: Compressor | None = None,
+) -> RunningLocalSGD:
+    """Local steps with the average that these settings ask for, also for the inside of an outer loop.
+
+    Args:
+        optimizer: the user's own.
+        workers: who takes part.
+        sync_every: optimizer steps between two averages of the same parameters.
+        overlap: see :class:`LocalSGD`.
+        fragments: see :class:`LocalSGD`.
+        compressor: compresses the average, with error feedback; does not go with the two before.
+    """
+
+    def make(layout: Layout) -> Averager:
+        if compressor is not None:
+            return CompressedAverager(layout, workers, compressor)
+        return DelayedAverager(layout, workers, overlap)
+
+    plain = compressor is None and not overlap and fragments == 1
+    return RunningLocalSGD(sync_every // fragments, optimizer, workers, None if plain else make, fragments)

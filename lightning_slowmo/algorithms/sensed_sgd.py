@@ -24,13 +24,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import Algorithm, Round, Running, check_momentum, check_period
+from lightning_slowmo.algorithms.base import Algorithm, Running, check_momentum, check_period
 from lightning_slowmo.algorithms.sparse_gradients import (
     RunningSparseSGD,
     amount,
     check_share,
     dense_sync,
 )
+from lightning_slowmo.communication.meeting import Round
+from lightning_slowmo.communication.pipeline import complete
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Recovery, Sensing
 from lightning_slowmo.compression.hashing import mix
@@ -160,7 +162,7 @@ class RunningSensedSGD(RunningSparseSGD):
     def _whole(self, own: Tensor, blocks: int) -> Tensor:
         """The table of all blocks. All workers must call this."""
         pieces = own.new_empty(self.workers.size, *own.shape)
-        self.workers.gather_pieces(pieces.view(-1), own.view(-1))
+        complete(self.workers.gather_pieces(pieces.view(-1), own.view(-1)))
         return pieces.transpose(0, 1).reshape(own.shape[0], -1)[:, :blocks].contiguous()
 
     def _exchange(self, used: Layout, gradients: list[Tensor], round: Round) -> list[Tensor]:
@@ -190,7 +192,7 @@ class RunningSensedSGD(RunningSparseSGD):
             message.add_(self._pieces(self.inherited[run]), alpha=weight)
         momentum, residual = self.momentum[run], self.residual[run]
         own = torch.empty_like(momentum)
-        self.workers.scatter_sum(message.view(-1), own.view(-1))
+        complete(self.workers.scatter_sum(message.view(-1), own.view(-1)))
         mean = own.div_(weight)  # (1)
         residual.add_(momentum.mul_(self.config.momentum).add_(mean))  # (2), (3)
 
@@ -204,7 +206,7 @@ class RunningSensedSGD(RunningSparseSGD):
         residual.copy_(found.rest)  # (5)
         payload = self._packed(found, height)
         payloads = payload.new_empty(self.workers.size, payload.numel())
-        self.workers.gather_pieces(payloads.view(-1), payload)
+        complete(self.workers.gather_pieces(payloads.view(-1), payload))
         whole = torch.zeros(height * blocks, dtype=gradient.dtype, device=gradient.device)
         for rank, bits in enumerate(payloads):
             places, values = self._unpacked(bits, found, height)
@@ -260,7 +262,8 @@ class RunningSensedSGD(RunningSparseSGD):
             residual = self._whole(self.residual[run], blocks)
             if self.inherited is not None:
                 inherited = self.inherited[run].clone()
-                residual.add_(self.workers.sum(inherited.view(-1)).wait().view_as(inherited))
+                complete(self.workers.sum(inherited.view(-1)))
+                residual.add_(inherited)
             state["sensing"].append(asdict(sensing) | {"length": flat.numel})
             state["momentum"].append(self._whole(self.momentum[run], blocks))
             state["residual"].append(residual)

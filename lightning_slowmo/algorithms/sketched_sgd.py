@@ -24,14 +24,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import Algorithm, Round, Running, check_momentum, check_period, copy_state
+from lightning_slowmo.algorithms.base import Algorithm, Running, check_momentum, check_period
 from lightning_slowmo.algorithms.sparse_gradients import (
     RunningSparseSGD,
     amount,
     check_amount,
     dense_sync,
 )
-from lightning_slowmo.communication.collectives import average_tensors
+from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.mean import average_tensors
+from lightning_slowmo.communication.meeting import Round
+from lightning_slowmo.communication.pipeline import complete
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import CountSketch
 from lightning_slowmo.compression.hashing import mix
@@ -158,8 +161,8 @@ class RunningSketchedSGD(RunningSparseSGD):
             if mine:
                 v.add_(u.mul_(config.momentum).add_(gradient))  # (1), (2)
             candidates = self._candidates(v, run, weights)  # (3)
-            values = self.workers.sum(v.index_select(0, candidates), weights)  # (4): the exact values
-            means = values.wait().div_(values.weight)
+            means = v.index_select(0, candidates)
+            means.div_(complete(self.workers.sum(means, weights)))  # (4): the exact values
             chosen = top_indices(means, config.kept(v.numel()))  # (4): the k largest
             places = candidates.index_select(0, chosen)
             if mine:
@@ -180,7 +183,7 @@ class RunningSketchedSGD(RunningSparseSGD):
             return torch.arange(length, device=v.device)
         sketch = self.config.sketch(length, self.steps, run)
         table = sketch.sketch(v)
-        self.workers.sum(table.view(-1), weights).wait()
+        complete(self.workers.sum(table.view(-1), weights))
         return sketch.heavy_hitters(table, length, asked)[0]
 
     # State ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,20 +26,23 @@ from lightning_slowmo import traffic
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import (
     Algorithm,
-    Round,
     Running,
+    agreed_rates,
+    check_compressor,
     check_momentum,
     check_period,
     check_rate,
     check_streaming,
+    learning_rates,
 )
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
-from lightning_slowmo.algorithms.local_sgd import LocalSGD
-from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop
-from lightning_slowmo.algorithms.quantized_averaging import check_compressor, local_steps
+from lightning_slowmo.algorithms.local_sgd import LocalSGD, local_steps
+from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.arithmetic import add, multiply, subtract
+from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
-from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.parameters import Layout
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,42 @@ class SlowMo(Algorithm):
         return own + self.base.state_numel(layout, workers)
 
 
+def slow_update(
+    anchor: Tensor,
+    start: Tensor,
+    total: Tensor,
+    momentum: Tensor,
+    *,
+    share: float,
+    slow_momentum: float,
+    slow_lr: float,
+    rate_ratio: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Lines 6 to 8 of Algorithm 1, the slow update, with momentum in units of the parameters.
+
+    Args:
+        anchor: x[t,0].
+        start: x[t,0] as the parameters could hold it.
+        total: a sum over the workers.
+        momentum: v = alpha gamma_{t-1} u[t].
+        share: what makes the mean x[t,tau] of the sum.
+        slow_momentum: beta.
+        slow_lr: alpha.
+        rate_ratio: gamma_t / gamma_{t-1}; None if gamma_t is 0, when alpha gamma_t u[t+1] is the difference alone.
+
+    Returns:
+        x[t+1,0] and v = alpha gamma_t u[t+1].
+    """
+    difference = subtract(start, total, share, out=total)  # x[t,0] - x[t,tau], with the mean of line 6
+    if slow_lr != 1:
+        difference = multiply(difference, slow_lr, out=difference)
+    if rate_ratio is None:
+        momentum = multiply(momentum, slow_momentum, out=momentum)
+        return subtract(anchor, difference, out=anchor), momentum
+    momentum = add(difference, momentum, slow_momentum * rate_ratio, out=momentum)  # line 7
+    return subtract(anchor, momentum, out=anchor), momentum  # line 8
+
+
 class RunningSlowMo(RunningOuterLoop):
     """SlowMo at work. ``anchor`` is x[t,0] and ``momentum`` is v.
 
@@ -143,44 +181,36 @@ class RunningSlowMo(RunningOuterLoop):
     gamma_t is the rate when x[t,tau] was sent.
     """
 
-    def __init__(self, config: SlowMo, optimizer: Optimizer, workers: Workers) -> None:
-        base = config.base
-        assert base is not None  # __post_init__ has set it
-        if isinstance(base, LocalSGD):
-            base = local_steps(base.sync_every, config.compressor, config.overlap, config.fragments)
-        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        super().__init__(base, config.sync_every // config.fragments, treatment, config.average, optimizer, workers)
-        self.config = config
-        self.momentum_rates = [self.rates() for _ in range(config.fragments)]
+    rule = staticmethod(slow_update)
 
-    def begin_outer_step(self, round: Round) -> None:
-        """Line 7's factor of the old momentum, beta gamma_t / gamma_{t-1}, by parameter group."""
-        rates, fragment = self.agreed_rates(round), self.base.fragment
-        old_rates = self._old_rates(fragment)
-        self.resting = [rate == 0 for rate in rates]
-        beta = self.config.slow_momentum
-        self.carry = [beta * (new / old if new and old else 1.0) for new, old in zip(rates, old_rates, strict=True)]
+    def __init__(self, config: SlowMo, optimizer: Optimizer, workers: Workers) -> None:
+        assert config.base is not None  # __post_init__ has set it
+        if isinstance(config.base, LocalSGD):
+            period = config.base.sync_every
+            base: Running = local_steps(optimizer, workers, period, config.overlap, config.fragments, config.compressor)
+        else:
+            base = config.base.bind(optimizer, workers)
+        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
+        super().__init__(base, config.sync_every // config.fragments, treatment, optimizer, workers, config.average)
+        self.config = config
+        self.momentum_rates = [learning_rates(optimizer) for _ in range(config.fragments)]
+
+    def scalars(self, round: Round) -> list[Scalars]:
+        """The numbers of the slow update by parameter group; from now on v is expressed at the present rates."""
+        fragment = self.averager.fragment
+        rates, old_rates = agreed_rates(self.optimizer, self.workers, round), self._old_rates(fragment)
         # A rate of 0 leaves the momentum in its old units, for the next rate that is not.
         self.momentum_rates[fragment] = [new or old for new, old in zip(rates, old_rates, strict=True)]
+        fixed = {"slow_momentum": self.config.slow_momentum, "slow_lr": self.config.slow_lr}
+        ratios = [(new / old if old else 1.0) if new else None for new, old in zip(rates, old_rates, strict=True)]
+        return [fixed | {"rate_ratio": ratio} for ratio in ratios]
 
     def _old_rates(self, fragment: int) -> list[float]:
         """The momentum's rates in one fragment; 0 for groups that have joined since, of which there is none."""
         rates = self.momentum_rates[fragment]
         return rates + [0.0] * (len(self.optimizer.param_groups) - len(rates))
 
-    def outer_step(self, block: Block, difference: Tensor) -> None:
-        """Lines 7 and 8."""
-        anchor, v = block.of(self.anchor), block.of(self.momentum)
-        if self.config.slow_lr != 1:
-            difference.mul_(self.config.slow_lr)
-        if self.resting[block.group]:  # gamma_t = 0: of alpha gamma_t u[t+1] only the difference remains
-            v.mul_(self.config.slow_momentum)
-            anchor.sub_(difference)
-        else:
-            torch.add(difference, v, alpha=self.carry[block.group], out=v)
-            anchor.sub_(v)
-
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, with all momentum in equal units: parameters may come to other fragments."""
         rates = [self._old_rates(fragment) for fragment in range(self.layout.fragments)]
         common = [next(filter(None, column), 0.0) for column in zip(*rates, strict=True)]
@@ -188,7 +218,7 @@ class RunningSlowMo(RunningOuterLoop):
             old = rates[run.fragment][run.group]
             v.mul_(common[run.group] / old if old else 1.0)
         self.momentum_rates = [list(common) for _ in rates]
-        super().relayout(layout)
+        super().adopt_layout(layout)
 
     def slow_state(self) -> dict[str, Any]:
         """Anchor, momentum, and the learning rates in which the momentum is expressed."""

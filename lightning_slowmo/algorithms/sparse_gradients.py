@@ -18,10 +18,13 @@ from torch.optim import SGD, Optimizer
 
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.all_reduce import RunningAllReduce
-from lightning_slowmo.algorithms.base import Algorithm, Round, are_finite, check_period, copy_state
-from lightning_slowmo.communication.collectives import average_tensors
+from lightning_slowmo.algorithms.base import Algorithm, are_finite, check_period
+from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.mean import average_tensors
+from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.parameters import Layout
+from lightning_slowmo.private import version_of
 
 
 class RunningSparseSGD(RunningAllReduce):
@@ -159,7 +162,7 @@ class RunningSparseSGD(RunningAllReduce):
                 p.grad = torch.empty_like(p)
             p.grad.copy_(value).mul_(self.loss_scale or 1.0)
 
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, and carry the buffers along."""
         check_plain_sgd(self.optimizer, type(self.config).__name__)
         old, momentum = self.small, self.small_momentum
@@ -168,7 +171,7 @@ class RunningSparseSGD(RunningAllReduce):
         self.small.carry(old, momentum, self.small_momentum)
         if not large.covers([self.large.parameters]):
             self._move(large)
-        super().relayout(layout)
+        super().adopt_layout(layout)
 
     @abstractmethod
     def _move(self, large: Layout) -> None:
@@ -197,7 +200,7 @@ class Exchanged:
 
     def take_note(self, parameters: Iterable[Tensor], stepped: bool = False) -> None:
         """Remember the present gradients, and whether the optimizer has made its step with them."""
-        self._known = {id(p): (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
+        self._known = {id(p): (weakref.ref(p.grad), version_of(p.grad)) for p in parameters if p.grad is not None}
         self._stepped = stepped
 
     def is_new(self, parameter: Tensor) -> bool:
@@ -205,7 +208,7 @@ class Exchanged:
         gradient, known = parameter.grad, self._known.get(id(parameter))
         if gradient is None or known is None:
             return gradient is not None
-        return known[0]() is not gradient or known[1] != gradient._version
+        return known[0]() is not gradient or known[1] != version_of(gradient)
 
     def was_added_to(self, parameter: Tensor) -> bool:
         """Whether a gradient has been changed in place after its exchange and before the optimizer's step with it."""

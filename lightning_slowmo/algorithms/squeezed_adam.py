@@ -23,12 +23,15 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.all_reduce import RunningAllReduce
-from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, check_period, copy_state
-from lightning_slowmo.algorithms.feedback import Feedback
-from lightning_slowmo.algorithms.quantized_averaging import check_compressor, generators
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, agreed_rates, check_compressor, check_period
+from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.compressed import generators
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.averaging.feedback import Feedback
+from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication import compressed
-from lightning_slowmo.communication.collectives import Drift, average_tensors
-from lightning_slowmo.communication.pipeline import Exchange, pipeline
+from lightning_slowmo.communication.meeting import Level, Round
+from lightning_slowmo.communication.pipeline import Transfer, pipeline
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, Sign
 from lightning_slowmo.parameters import Bucket, Layout
@@ -156,9 +159,9 @@ class RunningAPMSqueeze(RunningAllReduce):
         elif self.config.warmup_steps == "auto" and not self.freezing:
             self.freezing = self._is_stable()
 
-    def due(self) -> int:
-        """Level 1 at the end of the warm-up, and after every step from then on."""
-        return 1 if self.freezing or (self.frozen and self.pending) else NOT_DUE
+    def due(self) -> Level:
+        """At the end of the warm-up, and after every step from then on."""
+        return Level.BASE if self.freezing or (self.frozen and self.pending) else Level.NONE
 
     def _is_stable(self) -> bool:
         """Whether the bias-corrected second moment has settled; looked at every 1 / (1 - beta2) steps."""
@@ -211,12 +214,12 @@ class RunningAPMSqueeze(RunningAllReduce):
 
     # Compressed steps -------------------------------------------------------------------------------------------------
 
-    def sync(self, round: Round) -> SyncReport:
+    def sync(self, round: Round) -> Synced:
         """Freeze, or take the step on compressed momenta."""
         if not self.frozen:
             self._freeze(round)
             self.pending = 0
-            return SyncReport()
+            return Synced()
         parameters = self.layout.parameters
         states = [self.optimizer.state.get(p) or {} for p in parameters]
         took = [float(state.get("step", 0)) != old for state, old in zip(states, self.steps, strict=True)]
@@ -225,7 +228,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         if any(row[0] for row in self.workers.gather([skipped], "whether anybody skipped the step")):
             self._write_back()
             self.pending = 0
-            return SyncReport()
+            return Synced()
         message, groups = self.layout.zeros(), self._groups_of()
         views = self.layout.per_parameter(message)
         for target, group, state, stepped, (_, m, _) in zip(views, groups, states, took, self._buffers(), strict=True):
@@ -236,7 +239,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         drift = self._exchange(message, round)
         self.syncs += 1
         self.pending = 0
-        rates = self.agreed_rates(round)
+        rates = agreed_rates(self.optimizer, self.workers, round)
         group_rates = {id(group): rate for group, rate in zip(self.optimizer.param_groups, rates, strict=True)}
         for index, ((_, m, v), x) in enumerate(
             zip(self._buffers(), self.layout.per_parameter(self.anchor), strict=True)
@@ -250,20 +253,19 @@ class RunningAPMSqueeze(RunningAllReduce):
                 x.mul_(1 - rate * group["weight_decay"])
             x.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-rate / (1 - beta1 ** self.steps[index]))
         self._write_back()
-        return SyncReport(drift=drift)
+        return Synced(drift)
 
     def _exchange(self, message: list[Tensor], round: Round) -> float:
         """Replace the momentum by the compressed mean of the workers' momenta."""
         drift = Drift(self.layout.numel)
         generator_on = generators(self.config.seed, self.workers.rank, self.syncs)
 
-        def exchange(index: int, bucket: Bucket) -> Exchange[None]:
+        def transfer(index: int, bucket: Bucket) -> Transfer[None]:
             flat, unknown = bucket.of(message), self.unknown[index]
             local = drift.sample(flat)
             if self._is_small(bucket.spans[0][0]):  # and so are all in this bucket
-                total = self.workers.sum(flat, round.weights)
-                yield
-                mean = total.wait().div_(total.weight)
+                weight = yield from self.workers.sum(flat, round.weights)
+                mean = flat.div_(weight)
             else:
                 residual, owner = bucket.of(self.feedback.worker), self.feedback.owner[index]
                 mean = yield from compressed.two_shot(
@@ -286,7 +288,7 @@ class RunningAPMSqueeze(RunningAllReduce):
                 mean.masked_fill_(unknown, 0)
             bucket.of(self.momentum).copy_(mean)
 
-        pipeline(exchange(index, bucket) for index, bucket in enumerate(self.layout.buckets))
+        pipeline(transfer(index, bucket) for index, bucket in enumerate(self.layout.buckets))
         return drift.value()
 
     def _write_back(self) -> None:
@@ -304,17 +306,16 @@ class RunningAPMSqueeze(RunningAllReduce):
         momenta, variances = self.layout.per_parameter(self.momentum), self.layout.per_parameter(self.variance)
         return list(zip(self.layout.parameters, momenta, variances, strict=True))
 
-    def finish(self, round: Round) -> None:
-        """End with an exact average."""
-        super().finish(round)
+    def moved(self) -> None:
+        """All workers go on from where the parameters are now."""
         self.anchor = self.layout.snapshot()
 
-    def regroup(self, round: Round) -> None:
+    def catch_up(self, round: Round) -> None:
         """In the warm-up, catch up with one another; afterwards every sync leaves all workers at one point."""
         if not self.frozen:
-            super().regroup(round)
+            super().catch_up(round)
 
-    def relayout(self, layout: Layout) -> None:
+    def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout."""
         old, old_steps = self.layout, dict(zip(map(id, self.layout.parameters), self.steps, strict=True))
         buffers, feedback = (self.anchor, self.momentum, self.variance), self.feedback
@@ -323,7 +324,7 @@ class RunningAPMSqueeze(RunningAllReduce):
             layout.carry(old, source, target)
         self.feedback = feedback.moved_to(layout)
         self.steps = [old_steps.get(id(p), 0.0) for p in layout.parameters]
-        super().relayout(layout)
+        super().adopt_layout(layout)
         self._find_unknown()
 
     # State ------------------------------------------------------------------------------------------------------------

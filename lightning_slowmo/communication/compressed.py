@@ -9,8 +9,8 @@ In both, everybody decodes the owner's bits (the owner too), so the replicas are
 payloads follow from lengths alone, so none is exchanged. With n workers and payloads of c(d) bytes for d elements, a
 worker sends 2 (n - 1) c(d / n) bytes.
 
-Both are exchanges of :mod:`~lightning_slowmo.communication.pipeline`: what is compressed and decoded for one vector is
-so while messages of another travel.
+Both are transfers, see :mod:`~lightning_slowmo.communication.pipeline`: one vector is compressed and decoded while the
+messages of another travel.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_slowmo.communication.pipeline import Exchange
+from lightning_slowmo.communication.pipeline import Transfer, start
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, slice_segments
-
-Transport = Literal["ring", "two_shot"]
-"""How a compressed mean is computed."""
-
-PURPOSE = "a compressed mean"
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def two_shot(
     weights: Sequence[float] | None = None,
     residual: Tensor | None = None,
     owner_residual: Tensor | None = None,
-) -> Exchange[Tensor]:
+) -> Transfer[Tensor]:
     """The mean over the workers in two shots, each compressed.
 
     Args:
@@ -89,7 +82,7 @@ def two_shot(
         owner_residual: the same for the sums of the chunk that this worker owns.
 
     Returns:
-        An exchange whose result is the mean as all workers decode it, the same bits on each.
+        A transfer whose result is the mean as all workers decode it, the same bits on each.
 
     Raises:
         SyncError: when run, if a worker did not take part in time.
@@ -102,13 +95,13 @@ def two_shot(
     if not takes_part:
         message = torch.zeros_like(flat)
     payloads = [compressor.compress(chunk.of(message), chunk.segments, generator) for chunk in cut]
-    transfer = _all_to_all(workers, payloads, [sizes[workers.rank]] * workers.size)
+    sent = start(workers.all_to_all(payloads, [sizes[workers.rank]] * workers.size))
     if residual is not None and takes_part:
         for chunk, payload in zip(cut, payloads, strict=True):
             decoded = compressor.decompress(payload, chunk.segments, flat.dtype)
             torch.sub(chunk.of(message), decoded, out=chunk.of(residual))
     yield
-    received = transfer.wait()
+    received = sent.wait()
     total = torch.zeros(own.stop - own.start, dtype=flat.dtype, device=flat.device)
     for payload, share in zip(received, shares, strict=True):
         if share:
@@ -116,12 +109,12 @@ def two_shot(
     if owner_residual is not None:
         total.add_(owner_residual)
     payload = compressor.compress(total, own.segments, generator)
-    transfer = _all_to_all(workers, [payload] * workers.size, sizes)
+    sent = start(workers.all_to_all([payload] * workers.size, sizes))
     if owner_residual is not None:
         torch.sub(total, compressor.decompress(payload, own.segments, flat.dtype), out=owner_residual)
     yield
     mean = torch.empty_like(flat)
-    for chunk, arrived in zip(cut, transfer.wait(), strict=True):
+    for chunk, arrived in zip(cut, sent.wait(), strict=True):
         compressor.decompress(arrived, chunk.segments, flat.dtype, out=chunk.of(mean))
     return mean
 
@@ -133,7 +126,7 @@ def ring(
     compressor: Compressor,
     generator: torch.Generator | None = None,
     weights: Sequence[float] | None = None,
-) -> Exchange[Tensor]:
+) -> Transfer[Tensor]:
     """The mean over the workers along a ring, compressed anew at every hop.
 
     Each compression is of a partial sum, so the error grows with the ring's length: with an unbiased compressor the
@@ -148,7 +141,7 @@ def ring(
         weights: the weight of each worker, by rank; equal if None. One of weight 0 adds zeros, whatever its values.
 
     Returns:
-        An exchange whose result is the mean as all workers decode it, the same bits on each.
+        A transfer whose result is the mean as all workers decode it, the same bits on each.
 
     Raises:
         SyncError: when run, if a worker did not take part in time.
@@ -163,9 +156,7 @@ def ring(
     payload = compressor.compress(total, cut[at].segments, generator)
     for _ in range(size - 1):
         at = (at - 1) % size
-        transfer = _pass_on(workers, payload, sizes[at])
-        yield
-        [arrived] = transfer.wait()
+        [arrived] = yield from _pass_on(workers, payload, sizes[at])
         total = compressor.decompress(arrived, cut[at].segments, flat.dtype).add_(cut[at].of(mine))
         payload = compressor.compress(total, cut[at].segments, generator)
     mean = torch.empty_like(flat)
@@ -174,10 +165,10 @@ def ring(
         compressor.decompress(payload, cut[at].segments, flat.dtype, out=cut[at].of(mean))
 
     for _ in range(size - 1):
-        transfer = _pass_on(workers, payload, sizes[(at - 1) % size])
+        sent = start(_pass_on(workers, payload, sizes[(at - 1) % size]))
         decode()
         yield
-        [payload] = transfer.wait()
+        [payload] = sent.wait()
         at = (at - 1) % size
     decode()
     return mean
@@ -193,54 +184,7 @@ def _plan(
     return cut, sizes, [weight / sum(weights) for weight in weights]
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    """Messages under way.
-
-    Attributes:
-        workers: who waits.
-        arriving: what is being received, in parts.
-        works: what to wait for.
-        peers: the workers on whom it depends; all if None.
-        sent: kept until it has been sent.
-    """
-
-    workers: Workers
-    arriving: Sequence[Tensor]
-    works: Sequence[dist.Work | None] = ()
-    peers: Sequence[int] | None = None
-    sent: Tensor | None = None
-
-    def wait(self) -> Sequence[Tensor]:
-        for work in self.works:
-            self.workers.wait(work, PURPOSE, self.peers)
-        return self.arriving
-
-
-def _all_to_all(workers: Workers, payloads: Sequence[Tensor], sizes: Sequence[int]) -> _Transfer:
-    """Send each worker its payload and receive one of a known size from each."""
-    if workers.alone:
-        return _Transfer(workers, payloads)
-    out = payloads[0].new_empty(sum(sizes))
-    lengths = [payload.numel() for payload in payloads]
-    sent = torch.cat(list(payloads))
-    rank = workers.rank
-    workers._count(sent.numel() - lengths[rank], out.numel() - sizes[rank])
-    work = dist.all_to_all_single(out, sent, list(sizes), lengths, group=workers.data, async_op=True)
-    return _Transfer(workers, out.split(list(sizes)), [work], sent=sent)
-
-
-def _pass_on(workers: Workers, payload: Tensor, size: int) -> _Transfer:
+def _pass_on(workers: Workers, payload: Tensor, size: int) -> Transfer[list[Tensor]]:
     """Send a payload to the next worker on the ring and receive one of a known size from the one before."""
-    assert workers.data is not None  # a worker that is alone passes nothing on
     following, previous = (workers.rank + 1) % workers.size, (workers.rank - 1) % workers.size
-    arriving = payload.new_empty(size)
-    ranks = [dist.get_global_rank(workers.data, rank) for rank in (following, previous)]
-    workers._count(payload.numel(), size)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, payload, ranks[0], workers.data),
-            dist.P2POp(dist.irecv, arriving, ranks[1], workers.data),
-        ]
-    )
-    return _Transfer(workers, [arriving], works, [following, previous], payload)
+    return workers.send_and_receive(payload, [following], [previous], [size])

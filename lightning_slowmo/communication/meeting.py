@@ -1,24 +1,41 @@
 """The meeting: a small header, gathered from all workers, before anything else is communicated.
 
-Every sync, validation, save and end of training is a meeting, and every meeting begins with one all-gather of a few
-numbers. From them all workers draw the same conclusions, so no collective is ever started, or skipped, on a condition
-that only one of them knows. That turns the situations in which data-parallel training hangs (uneven inputs, one
-worker that wants to stop, a signal that reaches one process) into ordinary ones.
+Every sync, validation, save and end of training begins with a *meeting*: one all-gather of a few numbers, the headers.
+From them all workers draw the same conclusions, so no collective is ever started, or skipped, on a condition that only
+one of them knows. That turns the situations in which data-parallel training hangs (uneven inputs, one worker that wants
+to stop, a signal that reaches one process) into ordinary ones.
+
+If somebody came to exchange parameters (a *sync*) or gradients, all workers take part in that *round* first, and meet
+again for what they came for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import reduce
 from operator import or_
 
 from lightning_slowmo.communication.workers import SyncError, Workers
 
 
+class Level(IntFlag):
+    """Which parts of an algorithm communicate in a sync; both may be due at once.
+
+    Attributes:
+        NONE: nothing is due.
+        BASE: the algorithm itself, or the one inside an outer loop.
+        OUTER: the outer loop.
+    """
+
+    NONE = 0
+    BASE = 1
+    OUTER = 2
+
+
 class Reason(IntEnum):
-    """Why a worker comes to a meeting. The first two are rounds of communication, which everybody present joins.
+    """Why a worker comes to a meeting. The first two are rounds of communication, which all workers join.
 
     PAUSE asks whether all workers are between two batches. It gives way to whatever else the others came for.
     """
@@ -47,9 +64,9 @@ class Header:
 
     Attributes:
         reason: why it came.
-        unit: for a round, which optimizer's algorithm is to communicate.
-        levels: for a sync, which levels of the algorithm communicate, a bit mask.
-        round: how many rounds it has taken part in; equal on all workers, or they have lost one another.
+        optimizer_index: for a round, which optimizer's algorithm is to communicate.
+        levels: for a sync, which parts of the algorithm communicate.
+        rounds: how many rounds it has taken part in; equal on all workers, or they have lost one another.
         stop: whether it wants training to stop.
         terminate: whether it received SIGTERM.
         save: whether somebody asked it for a checkpoint at a moment when it could not meet the others.
@@ -59,9 +76,9 @@ class Header:
     """
 
     reason: Reason
-    unit: int = 0
-    levels: int = 0
-    round: int = 0
+    optimizer_index: int = 0
+    levels: Level = Level.NONE
+    rounds: int = 0
     stop: bool = False
     terminate: bool = False
     save: bool = False
@@ -72,15 +89,41 @@ class Header:
     def numbers(self) -> list[float]:
         """The header as it travels."""
         flags = (self.stop, self.terminate, self.save, self.poisoned)
-        numbers = (self.reason, self.unit, self.levels, self.round, *flags, self.rates, *self.pending)
-        return [float(number) for number in numbers]
+        place = (self.reason, self.optimizer_index, self.levels, self.rounds)
+        return [float(number) for number in (*place, *flags, self.rates, *self.pending)]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Header:
         """The header that :meth:`numbers` wrote."""
-        reason, unit, levels, round_, stop, terminate, save, poisoned, rates, *pending = map(int, numbers)
+        reason, index, levels, rounds, stop, terminate, save, poisoned, rates, *pending = map(int, numbers)
         flags = bool(stop), bool(terminate), bool(save), bool(poisoned)
-        return cls(Reason(reason), unit, levels, round_, *flags, rates, tuple(pending))
+        return cls(Reason(reason), index, Level(levels), rounds, *flags, rates, tuple(pending))
+
+
+@dataclass(frozen=True)
+class Round:
+    """The circumstances of one round of communication, equal on all workers.
+
+    Attributes:
+        levels: which parts of the algorithm communicate.
+        pending: local steps of each worker since the last sync, by rank.
+        present: which workers came for this round. The others came for something else (their inputs have ended, say):
+            they have no new steps or gradients of their own, and only take part in the collectives.
+        healthy: which workers have finite parameters; the others are to be left out, and get what the rest agree on.
+        same_rates: whether the learning rates are equal on all workers.
+    """
+
+    levels: Level = Level.BASE
+    pending: Sequence[int] = (1,)
+    present: Sequence[bool] = (True,)
+    healthy: Sequence[bool] = (True,)
+    same_rates: bool = True
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each worker in a mean: its local steps (equal if nobody took any), 0 if it is not healthy."""
+        steps = [pending * healthy for pending, healthy in zip(self.pending, self.healthy, strict=True)]
+        return [float(weight) for weight in (steps if any(steps) else self.healthy)]
 
 
 class Meeting:
@@ -123,25 +166,33 @@ class Meeting:
         return len({header.rates for header in self.headers}) == 1
 
     @property
-    def round(self) -> Header | None:
-        """The round that everybody now takes part in, or None if nobody came for one.
+    def wanted(self) -> Header | None:
+        """The round that all workers now take part in, as its header says, or None if nobody came for one.
 
         Of several, the first optimizer's comes first. It has all the levels that anybody came for.
         """
         wanted = [header for header in self.headers if header.reason.is_round]
         if not wanted:
             return None
-        first = min(wanted, key=lambda header: (header.unit, header.reason))
-        levels = [header.levels for header in wanted if (header.unit, header.reason) == (first.unit, first.reason)]
+        first = min(wanted, key=lambda header: (header.optimizer_index, header.reason))
+        place = (first.optimizer_index, first.reason)
+        levels = [header.levels for header in wanted if (header.optimizer_index, header.reason) == place]
         return replace(first, levels=reduce(or_, levels))
 
-    def pending(self, unit: int) -> list[int]:
-        """Local steps of each worker since the last sync of an optimizer, by rank."""
-        return [header.pending[unit] for header in self.peers]
+    def round(self, wanted: Header) -> Round:
+        """The circumstances of a round between the workers that exchange parameters.
 
-    def present(self, chosen: Header) -> list[bool]:
-        """Which workers came for a round (the others wait elsewhere and merely help), by rank."""
-        return [header.reason == chosen.reason and header.unit == chosen.unit for header in self.peers]
+        Args:
+            wanted: says for what, and of which optimizer.
+        """
+        index, place = wanted.optimizer_index, (wanted.reason, wanted.optimizer_index)
+        return Round(
+            wanted.levels,
+            [header.pending[index] for header in self.peers],
+            [(header.reason, header.optimizer_index) == place for header in self.peers],
+            self.healthy(),
+            self.same_rates,
+        )
 
     def healthy(self) -> list[bool]:
         """Which workers have finite parameters, by rank."""
@@ -153,11 +204,11 @@ class Meeting:
         Raises:
             SyncError: if they came for different reasons that exclude one another, or have lost count of rounds.
         """
-        if len({header.round for header in self.headers}) > 1:
-            rounds = _each(workers, [header.round for header in self.headers])
+        if len({header.rounds for header in self.headers}) > 1:
+            rounds = _each(workers, [header.rounds for header in self.headers])
             raise SyncError(f"The workers have taken part in different numbers of syncs: {rounds}.")
         reasons = [header.reason for header in self.headers]
-        if self.round is None and len(set(reasons) - {Reason.PAUSE}) > 1:
+        if self.wanted is None and len(set(reasons) - {Reason.PAUSE}) > 1:
             came = _each(workers, [reason.name.lower().replace("_", " ") for reason in reasons])
             raise SyncError(f"The workers came together for different reasons: {came}. Do they run the same script?")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_slowmo.communication.exchange import exchange
+from lightning_slowmo.communication.pipeline import complete
 from lightning_slowmo.communication.workers import Workers
 
 ENOUGH_SECONDS = 0.3
@@ -73,7 +73,7 @@ def _slowest_shift(workers: Workers, numel: int, device: torch.device | str) -> 
     following, previous = (workers.rank + 1) % workers.size, (workers.rank - 1) % workers.size
     workers.gather([0.0])
     start = time.perf_counter()
-    exchange(workers, message, [following], [(previous, 1.0)]).messages()
+    complete(workers.send_and_receive(message, [following], [previous]))
     if message.is_cuda:
         torch.cuda.synchronize(message.device)
     seconds = time.perf_counter() - start

@@ -1,33 +1,28 @@
-"""The workers: who takes part, how they reach one another, and how many bytes that took.
+"""The workers: who takes part, what they can do together, and how many bytes that took.
 
-A *worker* is one replica of the model. The workers have process groups of their own, never Lightning's default one: a
-*data* group on the device's backend for parameters, and a *control* group on gloo for headers, so that a decision
-never waits for a GPU. Every wait has a limit, and when it passes the error names whom it waited for.
+A *worker* is one replica of the model. Algorithms know the others through :class:`Workers` alone, whatever carries the
+messages: process groups of ``torch.distributed``, threads of one process, or nothing for a worker that is alone. Every
+wait has a limit, and when it passes the error names whom it waited for.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lightning_slowmo.communication.pipeline import Transfer, complete
+from lightning_slowmo.parameters import DEFAULT_SIZES, BucketSizes
+
+if TYPE_CHECKING:
+    from lightning_slowmo.communication.transport import Transport
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """How long a worker waits for the others by default, as torch.distributed does."""
-
-
-LOOK_EVERY = timedelta(seconds=1)
-"""How often a worker that waits looks whether another one has failed."""
-
-PATIENCE = 2.0
-"""Seconds that are given to the others, after an error, to say that they have one too."""
 
 
 class SyncError(RuntimeError):
@@ -61,84 +56,70 @@ class Traffic:
         return Traffic(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
 
 
-@dataclass(frozen=True)
-class Sum:
-    """A sum over the workers that is under way.
-
-    Attributes:
-        flat: the tensor that will hold the sum.
-        weight: the sum of the workers' weights: what to divide by for a mean.
-    """
-
-    flat: Tensor
-    weight: float
-    work: dist.Work | None
-    workers: Workers
-
-    def wait(self) -> Tensor:
-        """Wait until the sum is there.
-
-        Raises:
-            SyncError: if a worker did not take part in time.
-        """
-        self.workers.wait(self.work, "the sum of the parameters")
-        return self.flat
-
-
 class Workers:
-    """This process among the workers.
+    """This worker among the others.
 
     Args:
-        data: process group for tensors, or None for a worker that is alone.
-        control: gloo process group of the same workers for headers; the data group if None.
+        transport: what carries messages; None for a worker that is alone.
         timeout: how long to wait for the others.
         names: what to call each worker in messages, for example ``"rank 3 (node 1)"``.
+        places: the ranks of these workers in the set that they were split from, see :meth:`split`; their own if None.
+        sizes: how parameters are cut into messages between these workers; equal on all of them.
+
+    Attributes:
+        rank: which worker this is.
+        size: how many there are.
+        traffic: what this worker has sent and received so far.
     """
 
     def __init__(
         self,
-        data: dist.ProcessGroup | None = None,
-        control: dist.ProcessGroup | None = None,
+        transport: Transport | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         names: Sequence[str] | None = None,
+        places: Sequence[int] | None = None,
+        sizes: BucketSizes = DEFAULT_SIZES,
     ) -> None:
-        self.data = data
-        self.control = control if control is not None else data
+        self.transport = transport
         self.timeout = timeout
-        self.rank = dist.get_rank(data) if data is not None else 0
-        self.size = dist.get_world_size(data) if data is not None else 1
+        self.rank = transport.rank if transport is not None else 0
+        self.size = transport.size if transport is not None else 1
         self.names = list(names) if names is not None else [f"rank {rank}" for rank in range(self.size)]
+        self.places = list(places) if places is not None else list(range(self.size))
+        self.sizes = sizes
         self.traffic = Traffic()
 
     @classmethod
     def from_world(cls, timeout: timedelta = DEFAULT_TIMEOUT, device: torch.device | str = "cpu") -> Workers:
-        """Every process of ``torch.distributed`` is a worker; makes the two groups (all processes must call this).
+        """Every process of ``torch.distributed`` is a worker; makes process groups (all processes must call this).
 
         Args:
             timeout: how long to wait for the others.
-            device: where the parameters are; decides the data group's backend.
+            device: where the parameters are; decides the backend that tensors travel by.
 
         Example::
 
             dist.init_process_group("gloo")
             engine = Engine(SlowMo(), [optimizer], Workers.from_world())
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls(timeout=timeout)
-        backend = dist.Backend.default_device_backend_map[torch.device(device).type]
-        data = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timeout))
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        return cls(data, control, timeout)
+        from lightning_slowmo.communication.torch_transport import TorchTransport
+
+        return cls(TorchTransport.of_world(timeout, device), timeout)
 
     @property
     def alone(self) -> bool:
         """Whether there is nobody to meet."""
         return self.size == 1
 
+    @property
+    def group(self) -> Any:
+        """The process group that tensors travel in; None where there is none."""
+        return self.transport.group if self.transport is not None else None
+
     # Tensors ----------------------------------------------------------------------------------------------------------
 
-    def sum(self, flat: Tensor, weights: Sequence[float] | None = None) -> Sum:
-        """Start the weighted sum over the workers of a flat tensor, in place.
+    def sum(self, flat: Tensor, weights: Sequence[float] | None = None) -> Transfer[float]:
+        """The weighted sum over the workers of a flat tensor, in place.
 
         A ring all-reduce sends each element twice, less the share that a worker already has: 2(n-1)/n.
 
@@ -148,13 +129,14 @@ class Workers:
                 values, whatever they are (also NaN), but receives the sum.
 
         Returns:
-            A handle to wait on. The division of a mean is left to the caller, who has the sum in the cache then.
+            A transfer whose result is the sum of the weights: what to divide by for a mean. The division is left to the
+            caller, who has the sum in the cache then.
         """
         total = self.weigh(flat, weights)
-        if self.alone:
-            return Sum(flat, total, None, self)
-        self._count(2 * (self.size - 1) * flat.numel() * flat.element_size() // self.size)
-        return Sum(flat, total, dist.all_reduce(flat, group=self.data, async_op=True), self)
+        if self.transport is not None and not self.alone:
+            self._count(2 * (self.size - 1) * _bytes(flat) // self.size)
+            yield from self.transport.all_reduce(flat, "the sum of the parameters")
+        return total
 
     def weigh(self, flat: Tensor, weights: Sequence[float] | None = None) -> float:
         """Multiply this worker's values by its weight, in place, relative to the largest weight of all.
@@ -178,48 +160,87 @@ class Workers:
             flat.mul_(mine)
         return sum(weights) / largest
 
-    def scatter_sum(self, flat: Tensor, own: Tensor) -> None:
+    def scatter_sum(self, flat: Tensor, own: Tensor) -> Transfer[None]:
         """Sum a flat tensor over the workers and leave each with its piece of the sum.
 
         Args:
             flat: ``size`` pieces of equal length, by rank.
             own: where this worker's piece of the sum goes.
         """
-        if self.alone:
+        if self.transport is None or self.alone:
             own.copy_(flat)
             return
-        self._count((self.size - 1) * own.numel() * own.element_size())
-        work = dist.reduce_scatter_tensor(own, flat, group=self.data, async_op=True)
-        self.wait(work, "the sum of the parameters")
+        self._count((self.size - 1) * _bytes(own))
+        yield from self.transport.reduce_scatter(own, flat, "the sum of the parameters")
 
-    def gather_pieces(self, flat: Tensor, own: Tensor) -> None:
+    def gather_pieces(self, flat: Tensor, own: Tensor) -> Transfer[None]:
         """Collect the workers' pieces.
 
         Args:
             flat: where ``size`` pieces of equal length go, by rank.
             own: this worker's.
         """
-        if self.alone:
+        if self.transport is None or self.alone:
             flat.copy_(own)
             return
-        self._count((self.size - 1) * own.numel() * own.element_size())
-        work = dist.all_gather_into_tensor(flat, own, group=self.data, async_op=True)
-        self.wait(work, "the parameters")
+        self._count((self.size - 1) * _bytes(own))
+        yield from self.transport.all_gather(flat, own, "the parameters")
+
+    def all_to_all(self, payloads: Sequence[Tensor], sizes: Sequence[int]) -> Transfer[Sequence[Tensor]]:
+        """Send each worker its payload and receive one from each.
+
+        Args:
+            payloads: one-dimensional, of one dtype, by receiver.
+            sizes: elements of those that arrive, by sender.
+
+        Returns:
+            A transfer whose result are the payloads that arrived, by sender.
+        """
+        if self.transport is None or self.alone:
+            return payloads
+        leaving, lengths = torch.cat(list(payloads)), [payload.numel() for payload in payloads]
+        arriving, sizes = leaving.new_empty(sum(sizes)), list(sizes)
+        itemsize = leaving.element_size()
+        self._count((leaving.numel() - lengths[self.rank]) * itemsize, (arriving.numel() - sizes[self.rank]) * itemsize)
+        yield from self.transport.all_to_all(arriving, sizes, leaving, lengths, "a compressed mean")
+        return arriving.split(sizes)
+
+    def send_and_receive(
+        self, message: Tensor, receivers: Sequence[int], senders: Sequence[int], sizes: Sequence[int] | None = None
+    ) -> Transfer[list[Tensor]]:
+        """Send a message to some workers, and receive one from others.
+
+        All sends and receives are posted together, so no order of the workers can make them wait for one another. Every
+        worker must call this equally often, also one that has nobody to send to or receive from at this step.
+
+        Args:
+            message: one-dimensional and contiguous; must stay as it is until the transfer has ended.
+            receivers: ranks of the workers that get the message.
+            senders: ranks of the workers from which one comes.
+            sizes: elements of those that come; as many as in ``message`` if None.
+
+        Returns:
+            A transfer whose result are the messages that came, by sender.
+        """
+        if self.transport is None or not (receivers or senders):
+            return []
+        arriving = [message.new_empty(size) for size in (sizes or [message.numel()] * len(senders))]
+        # Not a collective: how many there are differs between workers.
+        self._count(len(receivers) * _bytes(message), sum(map(_bytes, arriving)), collectives=0)
+        yield from self.transport.send_and_receive(message, receivers, arriving, senders, "an exchange with its peers")
+        return arriving
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite a tensor with that of worker ``source``."""
-        if self.alone:
+        if self.transport is None or self.alone:
             return
-        size = tensor.numel() * tensor.element_size()
-        self._count(size if self.rank == source else 0, 0 if self.rank == source else size)
-        assert self.data is not None
-        work = dist.broadcast(tensor, dist.get_global_rank(self.data, source), group=self.data, async_op=True)
-        self.wait(work, "a broadcast")
+        self._count(_bytes(tensor) if self.rank == source else 0, 0 if self.rank == source else _bytes(tensor))
+        complete(self.transport.broadcast(tensor, source, "a broadcast"))
 
     # Headers ----------------------------------------------------------------------------------------------------------
 
     def gather(self, numbers: Sequence[float], purpose: str = "a header") -> list[list[float]]:
-        """Every worker's numbers, by rank, over the control group.
+        """Every worker's numbers, by rank.
 
         Args:
             numbers: as many on every worker; sent as float64, exact for integers below 2**53.
@@ -228,17 +249,13 @@ class Workers:
         Raises:
             SyncError: if a worker did not come in time; names it.
         """
-        if self.alone:
+        if self.transport is None or self.alone:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        everyone = torch.empty(self.size * len(numbers), dtype=torch.float64)
+        own = torch.tensor(numbers, dtype=torch.float64)
+        everyone = own.new_empty(self.size * len(numbers))
         self.traffic.headers += 1
-        self._count((self.size - 1) * mine.numel() * 8, collectives=0)
-        try:
-            work = dist.all_gather_into_tensor(everyone, mine, group=self.control, async_op=True)
-        except RuntimeError as error:
-            raise self._absence(purpose, error) from error
-        self._wait_for_headers(cast(dist.Work, work), purpose)
+        self._count((self.size - 1) * _bytes(own), collectives=0)
+        self.transport.gather_header(everyone, own, purpose)
         return everyone.view(self.size, -1).tolist()
 
     def gather_text(self, text: str) -> list[str]:
@@ -249,111 +266,34 @@ class Workers:
         rows = self.gather(list(padded)) if length else [[]] * self.size
         return [bytes(map(int, row)).rstrip(b"\0").decode() for row in rows]
 
-    # Waiting ----------------------------------------------------------------------------------------------------------
+    # Sets and failures ------------------------------------------------------------------------------------------------
 
-    def wait(self, work: dist.Work | None, purpose: str, peers: Sequence[int] | None = None) -> None:
-        """Wait for a communication to end, at most as long as the timeout.
+    def split(self, sets: Sequence[Sequence[int]], headers: bool = True) -> Workers:
+        """The workers of one of several disjoint sets; all workers must call this with the same sets.
 
         Args:
-            work: what to wait for; nothing if None.
-            purpose: what it is for, for messages.
-            peers: the workers on whom it depends; all if None.
-
-        Raises:
-            SyncError: if it failed or took longer; names the workers who did not come, and why if that is known.
+            sets: ranks of each set; this worker is in one of them.
+            headers: whether the workers of a set will gather headers among themselves.
         """
-        try:
-            if work is not None:
-                work.wait()
-        except RuntimeError as error:
-            raise self._absence(purpose, error, peers) from error
-
-    def _wait_for_headers(self, work: dist.Work, purpose: str) -> None:
-        """Wait, and look from time to time whether somebody has failed who would never come."""
-        start = time.monotonic()
-        while True:
-            # Asked before: work that ends while an exception says it has not is waited for once more.
-            ended = work.is_completed()
-            try:
-                work.wait(LOOK_EVERY)
-                return
-            except RuntimeError as error:
-                waited = timedelta(seconds=time.monotonic() - start)
-                if ended or waited >= self.timeout or self._somebody_failed():
-                    raise self._absence(purpose, error, lost=waited < self.timeout * 0.9) from error
-
-    def _somebody_failed(self) -> bool:
-        try:
-            return bool(self._store().check(["failed"]))
-        except RuntimeError:  # its host is gone
-            return True
+        own = next(ranks for ranks in sets if self.rank in ranks)
+        transport = self.transport.split(sets, headers) if self.transport is not None else None
+        return Workers(transport, self.timeout, [self.names[rank] for rank in own], own, self.sizes)
 
     def report_failure(self, reason: str) -> None:
         """Leave word why this worker stops, for those who wait for it or will."""
-        store = self._store()
-        if store is not None:
-            with suppress(RuntimeError):  # the store's host may be gone, and this worker is failing anyway
-                store.set(f"failed/{self.rank}", reason[:2000])
-                store.set("failed", "")
+        if self.transport is not None:
+            self.transport.report_failure(reason)
 
     def let_others_hear(self) -> None:
-        """Stay a moment, if this process holds the store with the reason why it fails, until the others have read it.
-
-        Under torchrun the agent holds the store, and nobody has to stay.
-        """
-        store = self._store()
-        if store is None or self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return
-        give_up = time.monotonic() + PATIENCE
-        with suppress(RuntimeError):
-            for rank in range(1, self.size):
-                while not (store.check([f"heard/{rank}"]) or store.check([f"failed/{rank}"])):
-                    if time.monotonic() > give_up:
-                        return
-                    time.sleep(0.05)
-
-    def _absence(
-        self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
-    ) -> SyncError:
-        """Find out who did not come: whoever waited in vain signs a list, and the others' names are missing in it."""
-        message = f"{self.names[self.rank]} could not meet the other workers for {purpose}."
-        store = self._store()
-        if store is None:
-            return SyncError(f"{message} {error}")
-        try:
-            meeting = f"{purpose}/{self.traffic.headers}/{self.traffic.collectives}"
-            store.set(f"waited/{meeting}/{self.rank}", "")
-            others = [rank for rank in (range(self.size) if peers is None else peers) if rank != self.rank]
-            give_up = time.monotonic() + PATIENCE
-            while True:
-                failed = [rank for rank in others if store.check([f"failed/{rank}"])]
-                missing = [rank for rank in others if not store.check([f"waited/{meeting}/{rank}"])]
-                if failed or not missing or time.monotonic() > give_up:
-                    break
-                time.sleep(0.1)
-            reasons = [f"{self.names[rank]} failed: {store.get(f'failed/{rank}').decode()}" for rank in failed]
-            store.set(f"heard/{self.rank}", "")
-        except RuntimeError:
-            return SyncError(f"{message} The process that held the rendezvous (usually rank 0) is gone. {error}")
-        if reasons:
-            return SyncError(f"{message} {' '.join(reasons)}")
-        if missing:
-            absent = ", ".join(self.names[rank] for rank in missing)
-            how = "Ended without a word, or lost its connection" if lost else f"Did not come (within {self.timeout})"
-            return SyncError(f"{message} {how}: {absent}. {error}")
-        return SyncError(f"{message} All workers lost the connection. {error}")
-
-    def _store(self) -> Any:
-        """A corner of the rendezvous store for this set of workers."""
-        if self.alone or not dist.is_initialized():
-            return None
-        store = dist.distributed_c10d._get_default_store()
-        name = self.control.group_name if self.control is not None else ""
-        corner = dist.PrefixStore(f"lightning_slowmo/{name}", store)
-        corner.set_timeout(timedelta(seconds=5))
-        return corner
+        """Stay for a moment if the others need this worker to read the word that it has left."""
+        if self.transport is not None:
+            self.transport.let_others_hear()
 
     def _count(self, sent: int, received: int | None = None, collectives: int = 1) -> None:
         self.traffic.sent += sent
         self.traffic.received += sent if received is None else received
         self.traffic.collectives += collectives
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from lightning_slowmo import QPRSGD, Gossip, LocalSGD, SQuARM, Threshold
-from lightning_slowmo.algorithms import estimates
-from lightning_slowmo.communication.exchange import exchange
 from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK
 from lightning_slowmo.topology import make
@@ -74,7 +72,7 @@ def listing(workers, period, fraction, gamma, c, zero, momentum=0.9):
 def test_it_follows_the_papers_listing(workers, case):
     for period, gamma, c in ((1, 0.2, 0.0), (3, 0.3, 1000.0)):
         squarm = SQuARM("ring", period, TopK(0.3), gamma, Threshold(c), case)
-        with small_buckets():
+        with small_buckets(workers):
             training = Training(workers, squarm, CONSTANT, NESTEROV)
             ours = training.trajectory()
         rows, skipped = listing(workers.size, period, 0.3, gamma, c, case == "zero")
@@ -178,11 +176,14 @@ def test_estimates_equal_their_copies_at_the_neighbours_bit_for_bit(workers, cas
     """A worker that keeps a copy of each neighbour's estimate, from what it hears alone, has what that worker has."""
     heard = []
 
-    def listening(*arguments):
-        heard.append(([rank for rank, _ in arguments[3]], exchange(*arguments)))
-        return heard[-1][1]
+    send_and_receive = workers.send_and_receive
 
-    with small_buckets(), mock.patch.object(estimates, "exchange", listening):
+    def listening(message, receivers, senders):
+        messages = yield from send_and_receive(message, receivers, senders)
+        heard.append((senders, messages))
+        return messages
+
+    with small_buckets(workers), mock.patch.object(workers, "send_and_receive", listening):
         training = Training(workers, case, CONSTANT, PLAIN, torch.float32)
         (unit,) = training.engine.units
         neighbours = [peer for peer, _ in unit.schedule.exchange(workers.rank, 0).receives]
@@ -191,8 +192,8 @@ def test_estimates_equal_their_copies_at_the_neighbours_bit_for_bit(workers, cas
         for _ in range(8):
             heard.clear()
             training.step()
-            for bucket, (senders, delivery) in zip(unit.layout.buckets, heard, strict=False):
-                for sender, (payload, _) in zip(senders, delivery.messages(), strict=True):
+            for bucket, (senders, payloads) in zip(unit.layout.buckets, heard, strict=False):
+                for sender, payload in zip(senders, payloads, strict=True):
                     told = unit.compressor.decompress(payload, bucket.segments, bucket.dtype)
                     bucket.of(copies[sender]).add_(told)
                     messages += 1

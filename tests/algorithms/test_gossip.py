@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 import warnings
@@ -16,10 +15,9 @@ import pytest
 import torch
 
 from lightning_slowmo import Algorithm, Engine, Gossip, LocalSGD, SlowMo, Workers, topology
-from lightning_slowmo.algorithms import base as algorithms_base
 from lightning_slowmo.algorithms.gossip import RunningGossip
 from lightning_slowmo.communication import Reason
-from lightning_slowmo.parameters import Layout
+from lightning_slowmo.parameters import BucketSizes
 from lightning_slowmo.presets import PRESETS
 from tests.algorithms import gossip_reference
 from tests.harness import run
@@ -89,13 +87,15 @@ class Trainee:
         **kwargs: Any,
     ) -> None:
         # Small enough that a few dozen elements are packed together, cut apart, and sent in place.
-        algorithms_base.Layout = functools.partial(Layout, bucket_bytes=128, in_place_bytes=320)
+        sizes = BucketSizes(bucket_bytes=128, in_place_bytes=320)
         self.rank, self.k = rank, 0
         tensors = [value.clone() for value in shaped(start(0))]
         tensors[4] = tensors[4].contiguous(memory_format=torch.channels_last)
         self.parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
         self.optimizer = torch.optim.SGD(self.parameters, rate, momentum)
-        self.engine = Engine(algorithm, [self.optimizer], Workers.from_world(), **kwargs)
+        workers = Workers.from_world()
+        workers.sizes = sizes
+        self.engine = Engine(algorithm, [self.optimizer], workers, **kwargs)
         unit = self.engine.units[0]
         self.gossip: RunningGossip = getattr(unit, "base", unit)
         if not together:  # an engine begins with equal models; what it then does is more telling if they differ

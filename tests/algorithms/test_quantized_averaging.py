@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_slowmo import QPRSGD, DiLoCo, Gossip, LocalSGD, SlowMo
-from lightning_slowmo.algorithms.feedback import Feedback
+from lightning_slowmo.averaging.feedback import Feedback
 from lightning_slowmo.compression import QSGD, Identity, RandomK, Sign, TopK
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, PLAIN, Training, same, small_buckets, train
@@ -23,7 +23,7 @@ THREE_BITS = QSGD(bits=3, norm="max", bucket=512)
 def test_without_compression_it_is_local_sgd(workers, case):
     for message in ("difference", "model"):
         for period in (1, 3):
-            with small_buckets():
+            with small_buckets(workers):
                 ours = train(workers, QPRSGD(period, Identity(), case, message=message), CHANGING, MOMENTUM)
             same(ours, train(workers, LocalSGD(period), CHANGING, MOMENTUM))
 
@@ -44,7 +44,7 @@ def test_gossip_with_models_may_change_its_neighbours(workers):
 @on_workers(1, 2, 3, 4, each=["ring", "two_shot"])
 def test_replicas_are_equal_bit_for_bit_after_a_sync(workers, case):
     for algorithm in (QPRSGD(4, THREE_BITS, case), SlowMo(QPRSGD(4, THREE_BITS, case), 4)):
-        with small_buckets():
+        with small_buckets(workers):
             values = Training(workers, algorithm, CHANGING, dtype=torch.float32).trajectory()
         rows = np.array(workers.gather(values[11].tolist()))
         assert (rows == rows[0]).all()
@@ -69,7 +69,7 @@ def test_what_gossip_knows_of_a_worker_is_what_that_worker_knows(workers):
 @on_workers(1, 2, 4)
 def test_an_outer_loop_without_loss_is_the_exact_one(workers):
     for exact in (SlowMo(sync_every=3), DiLoCo(3), DiLoCo(3, outer_optimizer=partial(torch.optim.Adam, lr=0.1))):
-        with small_buckets():
+        with small_buckets(workers):
             ours = train(workers, replace(exact, compressor=Identity()), CHANGING, MOMENTUM)
             same(ours, train(workers, exact, CHANGING, MOMENTUM))
 
@@ -94,7 +94,7 @@ def test_slow_momentum_over_compressed_differences_follows_lines_6_to_8_with_err
         local = local - rates * np.concatenate([g.ravel() for g in gradients])
         training.step()
         wanted = (np.array(workers.gather(local.tolist())) - x).mean(0)
-        total = np.concatenate([t.numpy().ravel() for t in unit.base.feedback.total()])
+        total = np.concatenate([t.numpy().ravel() for t in unit.averager.feedback.total()])
         decoded = wanted + missing - total
         missing = total
         v = beta * v - decoded
@@ -128,7 +128,7 @@ RESUMED = [
 
 @on_workers(2, 3, each=RESUMED)
 def test_a_resumed_run_is_bit_for_bit_the_same(workers, case):
-    with small_buckets():
+    with small_buckets(workers):
         whole = Training(workers, case, CHANGING, MOMENTUM)
         for _ in range(10):
             whole.step()
@@ -146,7 +146,7 @@ def test_the_residual_of_the_mean_survives_other_numbers_of_workers(workers):
     training = Training(workers, QPRSGD(2, Sign("l1"), "two_shot", error_feedback=True), CHANGING)
     training.trajectory()
     (unit,) = training.engine.units
-    total = unit.feedback.total()
+    total = unit.averager.feedback.total()
     assert max(float(part.abs().max()) for part in total if part.numel()) > 1e-3
     for size in (1, 2, 5):  # as if these workers were of that number
         alone = type(workers)()
@@ -156,7 +156,7 @@ def test_the_residual_of_the_mean_survives_other_numbers_of_workers(workers):
         same = [own / size * size for own in new.contribution()]  # the mean of `size` equal contributions
         for one, other in zip(unit.layout.per_parameter(same), total, strict=True):
             torch.testing.assert_close(one, other)
-    moved = unit.feedback.moved_to(unit.layout)
+    moved = unit.averager.feedback.moved_to(unit.layout)
     for one, other in zip(moved.total(), total, strict=True):
         torch.testing.assert_close(one, other)
 

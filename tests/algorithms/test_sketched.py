@@ -116,14 +116,14 @@ class SensedListing(Listing):
 @on_workers(1, 2, 3, 4, each=[(momentum, masking) for momentum in MOMENTA for masking in (True, False)])
 def test_sketched_sgd_is_the_listing(workers, case):
     config = replace(SKETCHED, momentum=case[0], momentum_masking=case[1])
-    with small_buckets():
+    with small_buckets(workers):
         same(train(workers, config, PROBLEM), SketchedListing(config, workers.size).trajectory())
 
 
 @on_workers(1, 2, 3, 4, each=list(MOMENTA))
 def test_sensed_sgd_is_the_listing(workers, case):
     config = replace(SENSED, momentum=case)
-    with small_buckets():
+    with small_buckets(workers):
         same(train(workers, config, PROBLEM), SensedListing(config, workers.size).trajectory())
 
 
@@ -154,7 +154,7 @@ def test_replicas_are_equal_and_what_is_not_applied_is_kept(workers, case):
     training = Training(workers, case, PROBLEM)
     (unit,) = training.engine.units
     missing = [torch.zeros(buffer.numel(), dtype=torch.float64) for buffer in unit.large.zeros()]
-    with small_buckets():
+    with small_buckets(workers):
         while training.steps < STEPS:
             step, values = training.steps, [p.detach().numpy().copy() for p in training.parameters]
             gradient = flat(
@@ -202,7 +202,7 @@ def test_bytes_are_as_predicted(workers, case):
 
 @on_workers(2, 3, each=[SKETCHED, SENSED])
 def test_a_resumed_run_is_bit_for_bit_the_same(workers, case):
-    with small_buckets():
+    with small_buckets(workers):
         whole = Training(workers, case, PROBLEM)
         for _ in range(9):
             whole.step()

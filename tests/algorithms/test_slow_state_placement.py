@@ -7,7 +7,8 @@ import torch
 
 from lightning_slowmo import BMUF, DiLoCo, Engine, LocalSGD, SlowMo, Workers
 from lightning_slowmo.algorithms import Gossip
-from lightning_slowmo.parameters import Layout, Shards
+from lightning_slowmo.averaging.sharded import Shards
+from lightning_slowmo.parameters import BucketSizes, Layout
 from tests.harness import run
 
 SHAPES = [(7, 3), (), (0,), (11,), (2, 2, 2)]
@@ -58,7 +59,7 @@ def test_sharded_and_offloaded_slow_state_give_the_same_numbers_and_checkpoints(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_the_pieces_of_all_workers_make_up_the_whole(size: int) -> None:
-    layout = Layout([[torch.randn(shape) for shape in SHAPES]], bucket_bytes=64, in_place_bytes=40)
+    layout = Layout([[torch.randn(shape) for shape in SHAPES]], BucketSizes(64, 40))
     whole = layout.snapshot()
     shares = [Shards(layout, rank, size).cut(whole) for rank in range(size)]
     assert sum(flat.numel() for share in shares for flat in share) == layout.numel

@@ -50,7 +50,7 @@ def listing(workers, warmup, kind):
 
 @on_workers(1, 2, 3, 4, each=list(OPTIMIZERS))
 def test_without_loss_it_is_adam_whose_second_moment_stops(workers, case):
-    with small_buckets():
+    with small_buckets(workers):
         ours = train(workers, APMSqueeze(9, Identity()), CHANGING, OPTIMIZERS[case])
     same(ours, listing(workers.size, 9, case))
 
@@ -63,7 +63,7 @@ def test_a_warm_up_without_end_is_adam(workers):
 
 @on_workers(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
 def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
-    with small_buckets():
+    with small_buckets(workers):
         training = Training(workers, APMSqueeze(6, case), CHANGING, OPTIMIZERS["adam"])
         (unit,) = training.engine.units
         missing = 0.0
@@ -86,7 +86,7 @@ def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
 @on_workers(1, 2, 3, 4)
 def test_small_tensors_are_averaged_exactly(workers):
     """Those of fewer than 7 elements do as if nothing was compressed, bit for bit among workers; larger ones do not."""
-    with small_buckets():
+    with small_buckets(workers):
         training = Training(workers, APMSqueeze(6, Sign("l2"), uncompressed_below=7), CHANGING, OPTIMIZERS["adam"])
         (unit,) = training.engine.units
         momenta = [np.zeros_like(x) for x in CHANGING.initial()]
@@ -108,7 +108,7 @@ def test_small_tensors_are_averaged_exactly(workers):
 @on_workers(1, 3)
 def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
     for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7)):
-        with small_buckets():
+        with small_buckets(workers):
             ours = train(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
         same(ours, listing(workers.size, 9, "adamw"))
 
@@ -178,7 +178,7 @@ def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(wo
 def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(workers):
     for cut, below in ((3, 0), (10, 0), (3, 7), (10, 7)):
         algorithm = APMSqueeze(6, uncompressed_below=below)
-        with small_buckets():
+        with small_buckets(workers):
             whole = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
             for _ in range(cut):
                 whole.step()

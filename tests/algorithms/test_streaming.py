@@ -14,10 +14,10 @@ import torch
 from torch.nn import Parameter
 
 from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, Gossip, LocalSGD, SlowMo, Workers
-from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
+from lightning_slowmo.averaging import ExactAverager
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.compression import QSGD
-from lightning_slowmo.parameters import Layout
+from lightning_slowmo.parameters import BucketSizes, Layout
 from tests import harness
 from tests.algorithms import reference
 from tests.algorithms.test_trajectories import INNER
@@ -63,7 +63,7 @@ def test_every_algorithm_follows_the_reference(workers, case):
         expected = reference.trajectory(
             CHANGING, workers.size, EVERY, outer, partial(reference.SGD, 0.9), "maintain", overlap, fragments
         )
-        with small_buckets(64, 32, 3):
+        with small_buckets(workers, 64, 32, 3):
             ours = train(workers, replace(algorithm, overlap=overlap, fragments=fragments), CHANGING, MOMENTUM)
         same(ours, expected[workers.rank])
 
@@ -177,8 +177,8 @@ def test_without_steps_the_mean_is_taken_in_to_the_last_bit_when_it_is_its_turn(
 
 def test_without_overlap_and_fragments_nothing_is_different():
     optimizer = torch.optim.SGD([Parameter(torch.ones(3))], lr=0.1)
-    assert type(LocalSGD(4, 0, 1).bind(optimizer, Workers())) is RunningLocalSGD
-    assert type(SlowMo(overlap=0, fragments=1).bind(optimizer, Workers()).base) is RunningLocalSGD
+    assert type(LocalSGD(4, 0, 1).bind(optimizer, Workers()).averager) is ExactAverager
+    assert type(SlowMo(overlap=0, fragments=1).bind(optimizer, Workers()).averager) is ExactAverager
     assert SlowMo(overlap=0, fragments=1) == SlowMo()
 
 
@@ -223,7 +223,7 @@ def test_the_consensus_counts_what_is_in_flight_and_takes_nothing_in_early(worke
                 rows = workers.gather(model.tolist())
                 assert all(row == rows[0] for row in rows)
             np.testing.assert_array_equal(visiting.values(), straight.values())
-            if getattr(running, "base", running).in_flight is None:
+            if running.averager.in_flight is None:
                 same(model, np.mean(workers.gather(visiting.values().tolist()), axis=0))
 
 
@@ -235,8 +235,8 @@ def test_the_consensus_in_flight_is_the_mean_of_the_corrected_workers(workers):
             for _ in range(steps):
                 training.step()
             running = training.engine.units[0]
-            running.drain()
-            flight, corrected = running.base.in_flight, [p.detach().clone() for p in training.parameters]
+            running.averager.drain()
+            flight, corrected = running.averager.in_flight, [p.detach().clone() for p in training.parameters]
             twins = dict(zip(map(id, training.parameters), corrected, strict=True))
             for bucket, sent, new in zip(flight.buckets, flight.sent, flight.new, strict=True):
                 at = 0
@@ -284,7 +284,7 @@ def test_shared_state_is_equal_on_all_workers_and_has_the_outer_step_of_what_is_
         expected = reference.trajectory(
             CHANGING, workers.size, 4, reference.SlowMo(0.5), overlap=0, fragments=fragments
         )
-        assert training.engine.units[0].base.in_flight is not None
+        assert training.engine.units[0].averager.in_flight is not None
         assert state["base"] == {"fragments": fragments, "fragment": 0}
         assert np.isfinite(expected).all()
 
@@ -484,7 +484,7 @@ def test_each_of_two_optimizers_has_its_own_average_in_flight(workers):
 @on_workers(2, 3, each=[1, 2, 4])
 def test_each_sync_sends_one_fragment(workers, case):
     problem = Problem((((40,), (3, 9), (25,), (60,)), ((50,), (7, 7))), ((0.1, 0.1),) * 24)
-    with small_buckets():
+    with small_buckets(workers):
         training = Training(workers, SlowMo(sync_every=8, overlap=1, fragments=case), problem)
     total = sum(int(np.prod(shape)) for shape in problem.shapes)
     n, header = workers.size, 8 * len(Header(Reason.SYNC, pending=(0,)).numbers())
@@ -529,7 +529,7 @@ def test_memory_for_what_is_sent_is_used_again(workers):
     seen = set()
     for _ in CHANGING.rates:
         training.step()
-        flight = training.engine.units[0].in_flight
+        flight = training.engine.units[0].averager.in_flight
         seen |= {flat.untyped_storage().data_ptr() for flat in (flight.sent + flight.new if flight else [])}
     buckets = max(len(training.engine.units[0].layout.fragment(index)) for index in range(2))
     assert len(seen) <= 2 * buckets + 2  # a buffer may have grown once
@@ -541,7 +541,7 @@ def test_memory_for_what_is_sent_is_used_again(workers):
 @pytest.mark.parametrize("fragments", [1, 2, 3, 5])
 def test_fragments_are_balanced_whole_and_alike_layers_are_dealt_in_turn(fragments):
     layers = [torch.zeros(shape) for _ in range(6) for shape in ((30, 30), (30,))]
-    layout = Layout([layers], bucket_bytes=512, in_place_bytes=1024, fragments=fragments)
+    layout = Layout([layers], BucketSizes(512, 1024), fragments=fragments)
     parts = [layout.fragment(index) for index in range(fragments)]
     assert sum(map(len, parts)) == len(layout.buckets)
     sizes = [sum(bucket.numel for bucket in part) for part in parts]

@@ -39,7 +39,7 @@ def test_slowmo_follows_the_papers_algorithm(workers, case):
         problem, (period, beta, alpha) = random_problem(seed), cases(seed)
         for buffers in ("reset", "maintain", "average", "auto"):
             slowmo = SlowMo(sync_every=period, slow_momentum=beta, slow_lr=alpha, inner_buffers=buffers)
-            with small_buckets():
+            with small_buckets(workers):
                 ours = train(workers, slowmo, problem, optimizer)
             treatment = AUTO[case] if buffers == "auto" else buffers
             paper = reference.trajectory(problem, workers.size, period, reference.SlowMo(beta, alpha), inner, treatment)
@@ -60,7 +60,7 @@ def test_no_size_of_buckets_changes_the_result(workers, case):
     problem = random_problem(5)
     for algorithm in (SlowMo(sync_every=3), DiLoCo(3)):
         expected = train(workers, algorithm, problem)
-        with small_buckets(*case):
+        with small_buckets(workers, *case):
             same(train(workers, algorithm, problem), expected)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_slowmo import Algorithm, Engine, Workers
-from lightning_slowmo import parameters as layouts
+from lightning_slowmo.parameters import BucketSizes
 
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]
@@ -85,13 +84,15 @@ def random_problem(seed: int) -> Problem:
 
 
 @contextmanager
-def small_buckets(bucket_bytes: int = 256, in_place_bytes: int = 512, block_numel: int = 10) -> Iterator[None]:
-    """Let small models have many buckets, in flight at the same time, some of them in place, of several blocks."""
-    with (
-        mock.patch.object(layouts.Layout.__init__, "__defaults__", (bucket_bytes, in_place_bytes)),
-        mock.patch.object(layouts, "BLOCK_NUMEL", block_numel),
-    ):
+def small_buckets(
+    workers: Workers, bucket_bytes: int = 256, in_place_bytes: int = 512, block_numel: int = 10
+) -> Iterator[None]:
+    """Let small models have many buckets, under way at the same time, some of them in place, of several blocks."""
+    usual, workers.sizes = workers.sizes, BucketSizes(bucket_bytes, in_place_bytes, block_numel)
+    try:
         yield
+    finally:
+        workers.sizes = usual
 
 
 class Training:

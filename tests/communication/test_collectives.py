@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from lightning_slowmo.communication.collectives import Drift, average, average_tensors, broadcast_tensors
-from lightning_slowmo.parameters import Layout, Scratch
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.averaging.mean import average, average_tensors
+from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.parameters import BucketSizes, Layout, Scratch
 from tests.on_workers import on_workers
 
 
@@ -15,7 +17,7 @@ def test_every_tensor_is_averaged_where_torchft_leaves_some_out(workers, case):
     """Sizes 4, 4, 2 in buckets of six elements, and tensors larger than a bucket."""
     sizes = (4, 4, 2, 20, 1)
     parameters = [Parameter(torch.arange(float(size)) + workers.rank) for size in sizes]
-    average(Layout([parameters], *case).buckets, workers, Scratch())
+    average(Layout([parameters], BucketSizes(*case)).buckets, workers, Scratch())
     offset = (workers.size - 1) / 2
     for parameter, size in zip(parameters, sizes, strict=True):
         torch.testing.assert_close(parameter.detach(), torch.arange(float(size)) + offset)
@@ -27,7 +29,7 @@ def test_strided_and_channels_last_parameters_are_averaged_in_their_places(worke
     strided = Parameter(whole[:, ::2])
     image = Parameter((torch.arange(24.0).view(1, 2, 3, 4) * workers.rank).to(memory_format=torch.channels_last))
     half = Parameter(torch.full((5,), 1.0 + workers.rank, dtype=torch.bfloat16))
-    average(Layout([[strided, image, half]], 16, 16).buckets, workers, Scratch())
+    average(Layout([[strided, image, half]], BucketSizes(16, 16)).buckets, workers, Scratch())
     assert (strided == 0.5).all()
     assert (whole[:, 1::2] == workers.rank).all()
     assert torch.equal(image.detach(), torch.arange(24.0).view(1, 2, 3, 4) / 2)
@@ -37,15 +39,15 @@ def test_strided_and_channels_last_parameters_are_averaged_in_their_places(worke
 @on_workers(2)
 def test_what_is_done_then_sees_each_element_once(workers):
     parameters = [Parameter(torch.full((size,), 1.0 + workers.rank)) for size in (7, 50, 3)]
-    layout = Layout([parameters], 64, 100)
+    layout = Layout([parameters], BucketSizes(64, 100))
     seen = layout.zeros()
 
-    def then(block, total, weight):
+    def on_sum(block, total, weight):
         block.of(seen).add_(1)
         assert weight == 2
         total.mul_(10)
 
-    average(layout.buckets, workers, Scratch(), then=then)
+    average(layout.buckets, workers, Scratch(), on_sum=on_sum)
     assert all((parameter == 30).all() for parameter in parameters)
     assert all((run == 1).all() for run in seen)
 

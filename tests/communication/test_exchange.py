@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_slowmo import SyncError, Workers
-from lightning_slowmo.communication.exchange import Delivery, exchange
+from lightning_slowmo.communication.pipeline import complete, start
 from tests.harness import run
 
 SIZES = (1, 5, 70_000)
@@ -29,30 +29,28 @@ def exchange_on_random_graphs(rank: int, graphs: np.ndarray) -> list[tuple]:
     found = []
     for links in graphs:
         before = workers.traffic.copy()
-        receivers = np.flatnonzero(links[rank]).tolist()
-        senders = [(peer, 0.5 + peer) for peer in np.flatnonzero(links[:, rank]).tolist()]
+        receivers, senders = np.flatnonzero(links[rank]).tolist(), np.flatnonzero(links[:, rank]).tolist()
         # Several at once, waited for in another order than they were posted.
         messages = [torch.full((size,), float(100 * size + rank), dtype=torch.float64) for size in SIZES]
-        deliveries = [exchange(workers, message, receivers, senders) for message in messages]
-        totals = [deliveries[i].wait() for i in (2, 0, 1)]
-        again = deliveries[0].wait()
+        under_way = [start(workers.send_and_receive(message, receivers, senders)) for message in messages]
+        came = [under_way[i].wait() for i in (2, 0, 1)]
+        again = under_way[0].wait()
         used = workers.traffic - before
-        values = [None if total is None else set(total.tolist()) for total in totals]
-        found.append((values, again is totals[1], used.sent, used.received, used.collectives))
+        values = [[set(message.tolist()) for message in by_sender] for by_sender in came]
+        found.append((values, again is came[1], used.sent, used.received, used.collectives))
     return found
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
-def test_what_comes_is_the_weighted_sum_of_what_was_sent(workers: int) -> None:
+def test_what_comes_is_what_each_sender_sent(workers: int) -> None:
     graphs = random_graphs(workers, 6)
     by_rank = run(workers, exchange_on_random_graphs, graphs)
     for rank in range(workers):
         for links, (values, same, sent, received, collectives) in zip(graphs, by_rank[rank], strict=True):
             senders = np.flatnonzero(links[:, rank])
             for size, value in zip((SIZES[2], SIZES[0], SIZES[1]), values, strict=True):
-                total = sum((100 * size + peer) * (0.5 + peer) for peer in senders)
-                assert value == ({total} if len(senders) else None)
+                assert value == [{100 * size + peer} for peer in senders]
             assert same
             assert sent == links[rank].sum() * sum(SIZES) * 8
             assert received == len(senders) * sum(SIZES) * 8
@@ -66,7 +64,7 @@ def one_does_not_come(rank: int) -> str:
         return ""
     message = torch.zeros(3)
     try:  # 0 and 1 exchange with each other, and both with 2
-        exchange(workers, message, [1 - rank, 2], [(1 - rank, 1.0), (2, 1.0)]).wait()
+        complete(workers.send_and_receive(message, [1 - rank, 2], [1 - rank, 2]))
     except SyncError as error:
         return str(error)
     return "nothing happened"
@@ -78,7 +76,7 @@ def one_fails(rank: int) -> str:
         workers.report_failure("ValueError: on purpose")
         return ""
     try:
-        exchange(workers, torch.zeros(3), [], [(2, 1.0)]).wait()
+        complete(workers.send_and_receive(torch.zeros(3), [], [2]))
     except SyncError as error:
         return str(error)
     return "nothing happened"
@@ -97,8 +95,22 @@ def test_a_peer_that_failed_says_why() -> None:
         assert "rank 2 failed: ValueError: on purpose" in text
 
 
-def test_a_delivery_that_has_come_needs_no_workers() -> None:
-    message = torch.ones(2)
-    assert Delivery([(message, 0.5), (torch.ones(2), 2.0)]).wait() is message
-    assert message.tolist() == [2.5, 2.5]
-    assert Delivery([]).wait() is None
+@pytest.mark.processes
+def test_messages_of_unequal_sizes_arrive_in_their_order() -> None:
+    for text in run(2, send_sizes):
+        assert text in ("[[1.0, 1.0], [2.0, 2.0, 2.0]]", "[[2.0, 2.0], [1.0, 1.0, 1.0]]")
+
+
+def send_sizes(rank: int) -> str:
+    workers, other = Workers.from_world(), 1 - rank
+    mine, theirs = ([2, 3], [3, 2]) if rank else ([3, 2], [2, 3])
+    under_way = [
+        start(workers.send_and_receive(torch.full((own,), float(turn)), [other], [other], [size]))
+        for turn, (own, size) in enumerate(zip(mine, theirs, strict=True), 1)
+    ]
+    came = [transfer.wait()[0].tolist() for transfer in under_way]
+    return str(sorted(came, key=len))
+
+
+def test_a_worker_alone_sends_to_nobody() -> None:
+    assert complete(Workers().send_and_receive(torch.ones(2), [], [])) == []

@@ -6,13 +6,14 @@ import pytest
 
 from lightning_slowmo import SyncError, Workers
 from lightning_slowmo.communication import Header, Meeting, Reason, meet, require_equal
+from lightning_slowmo.communication.meeting import Level
 from tests.on_workers import on_workers
 
 FULL = Header(
     Reason.SAVE,
-    unit=2,
-    levels=3,
-    round=70000,
+    optimizer_index=2,
+    levels=Level.BASE | Level.OUTER,
+    rounds=70000,
     stop=True,
     terminate=True,
     poisoned=True,
@@ -32,7 +33,7 @@ def test_one_wish_is_everybodys():
     assert meeting.stop
     assert meeting.terminate
     assert meeting.healthy() == [True, True, False]
-    assert meeting.pending(0) == [3, 4, 3]
+    assert meeting.round(Header(Reason.SYNC)).pending == [3, 4, 3]
     assert meeting.same_rates
     nobody = Meeting([quiet, replace(quiet, rates=6)])
     assert (nobody.stop, nobody.terminate, nobody.same_rates) == (False, False, False)
@@ -41,19 +42,19 @@ def test_one_wish_is_everybodys():
 
 def test_rounds_come_before_what_else_workers_came_for_and_the_first_optimizers_first():
     waiting = Header(Reason.VALIDATION, pending=(1, 1))
-    second, first = (replace(waiting, reason=Reason.SYNC, unit=unit, levels=1) for unit in (1, 0))
-    assert Meeting([waiting, waiting]).round is None
-    assert Meeting([waiting, second]).round == second
+    second, first = (replace(waiting, reason=Reason.SYNC, optimizer_index=index, levels=Level.BASE) for index in (1, 0))
+    assert Meeting([waiting, waiting]).wanted is None
+    assert Meeting([waiting, second]).wanted == second
     meeting = Meeting([second, waiting, first])
-    assert meeting.round == first
-    assert meeting.present(first) == [False, False, True]
-    assert Meeting([first, replace(first, levels=2)]).round.levels == 3
+    assert meeting.wanted == first
+    assert meeting.round(first).present == [False, False, True]
+    assert Meeting([first, replace(first, levels=Level.OUTER)]).wanted.levels == Level.BASE | Level.OUTER
 
 
 def test_of_several_processes_per_worker_the_peers_alone_exchange_parameters():
     headers = [Header(Reason.SYNC, pending=(rank,), poisoned=rank == 3, stop=rank == 0) for rank in range(4)]
     meeting = Meeting(headers, peers=[1, 3])
-    assert meeting.pending(0) == [1, 3]
+    assert meeting.round(Header(Reason.SYNC)).pending == [1, 3]
     assert meeting.healthy() == [True, False]
     assert meeting.stop  # decided by all
 
@@ -61,14 +62,14 @@ def test_of_several_processes_per_worker_the_peers_alone_exchange_parameters():
 @on_workers(1, 2, 3)
 def test_all_workers_see_all_headers(workers):
     meeting = meet(Header(Reason.SYNC, pending=(workers.rank,)), workers)
-    assert meeting.pending(0) == list(range(workers.size))
+    assert meeting.round(Header(Reason.SYNC)).pending == list(range(workers.size))
     assert workers.traffic.headers == (workers.size > 1)
 
 
 @on_workers(2, 3)
 def test_workers_that_lost_count_of_rounds_are_told_so_on_every_rank(workers):
     with pytest.raises(SyncError, match=r"different numbers of syncs: rank 0 7, rank 1 8"):
-        meet(Header(Reason.SYNC, round=7 + workers.rank), workers)
+        meet(Header(Reason.SYNC, rounds=7 + workers.rank), workers)
 
 
 @on_workers(2, 3)
@@ -102,4 +103,4 @@ def test_a_text_that_is_the_beginning_of_another_differs_too(workers):
 
 def test_a_worker_alone_agrees_with_itself():
     require_equal(Workers(), "It", "text", "")
-    assert meet(Header(Reason.TRAIN_END), Workers()).round is None
+    assert meet(Header(Reason.TRAIN_END), Workers()).wanted is None

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_slowmo import SyncError, Workers
+from lightning_slowmo.communication.pipeline import complete, start
 from tests.harness import run
 from tests.on_workers import on_workers
 
@@ -15,18 +16,19 @@ from tests.on_workers import on_workers
 @on_workers(1, 2, 3)
 def test_a_sum_is_the_sum_on_every_worker(workers):
     flat = torch.arange(5.0) + workers.rank
-    sum = workers.sum(flat)
+    sum = start(workers.sum(flat))
     n = workers.size
-    assert sum.wait().tolist() == [n * i + n * (n - 1) / 2 for i in range(5)]
-    assert sum.wait() is flat
-    assert sum.weight == n
+    assert sum.wait() == n
+    assert flat.tolist() == [n * i + n * (n - 1) / 2 for i in range(5)]
+    assert sum.wait() == n  # nothing is sent twice
+    assert workers.traffic.collectives == (n > 1)
 
 
 @on_workers(2, 3)
 def test_workers_weigh_as_much_as_they_are_given(workers):
     weights = [2.0, 6.0, 4.0][: workers.size]
-    sum = workers.sum(torch.full((4,), 1.0 + workers.rank, dtype=torch.float64), weights)
-    mean = sum.wait() / sum.weight
+    flat = torch.full((4,), 1.0 + workers.rank, dtype=torch.float64)
+    mean = flat.div_(complete(workers.sum(flat, weights)))
     expected = torch.tensor([(2 + 12) / 8, (2 + 12 + 12) / 12][workers.size - 2], dtype=torch.float64)
     torch.testing.assert_close(mean, expected.expand(4))
 
@@ -34,15 +36,15 @@ def test_workers_weigh_as_much_as_they_are_given(workers):
 @on_workers(2, 3)
 def test_a_worker_of_weight_zero_gets_the_mean_and_poisons_nobody(workers):
     values = torch.full((3,), 5.0) if workers.rank else torch.tensor([float("nan"), float("inf"), -float("inf")])
-    sum = workers.sum(values, [0.0] + [3.0] * (workers.size - 1))
-    assert (sum.wait() / sum.weight).tolist() == [5.0] * 3
+    weight = complete(workers.sum(values, [0.0] + [3.0] * (workers.size - 1)))
+    assert (values / weight).tolist() == [5.0] * 3
 
 
 @on_workers(2, 3, 4)
 def test_a_sum_sends_and_receives_what_a_ring_does(workers):
     for dtype, size in ((torch.float32, 4), (torch.float64, 8)):
         before = workers.traffic.copy()
-        workers.sum(torch.zeros(1200, dtype=dtype)).wait()
+        complete(workers.sum(torch.zeros(1200, dtype=dtype)))
         used = workers.traffic - before
         assert used.sent == used.received == 2 * (workers.size - 1) * 1200 * size // workers.size
         assert (used.collectives, used.headers) == (1, 0)
@@ -79,7 +81,8 @@ def test_a_worker_alone_needs_no_process_group():
     workers = Workers()
     flat = torch.arange(3.0)
     assert (workers.alone, workers.rank, workers.size) == (True, 0, 1)
-    assert workers.sum(flat, [4.0]).wait().tolist() == [0, 1, 2]
+    assert complete(workers.sum(flat, [4.0])) == 1
+    assert flat.tolist() == [0, 1, 2]
     assert workers.gather([1.5]) == [[1.5]]
     workers.broadcast(flat)
     workers.report_failure("nobody listens")
@@ -113,7 +116,7 @@ def failing(rank: int) -> str:
         dist.barrier()
         return ""
     with pytest.raises(SyncError) as caught:
-        workers.sum(torch.zeros(3)).wait()
+        complete(workers.sum(torch.zeros(3)))
     dist.barrier()
     return str(caught.value)
 
@@ -148,7 +151,7 @@ class EndsInFailure(EndsAsPatienceDoes):
 
 @on_workers(2)
 def test_headers_that_come_as_patience_ends_have_come(workers):
-    workers._wait_for_headers(EndsAsPatienceDoes(), "a test")
+    workers.transport._wait_for_headers(EndsAsPatienceDoes(), "a test")
     if workers.rank == 0:  # whoever has failed need not be asked twice
         with pytest.raises(SyncError, match="Connection closed by peer"):
-            workers._wait_for_headers(EndsInFailure(), "a test")
+            workers.transport._wait_for_headers(EndsInFailure(), "a test")

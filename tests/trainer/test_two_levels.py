@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_slowmo import LocalSGD, SlowMo, SlowMoStrategy
 from lightning_slowmo.communication.hierarchy import two_levels
+from lightning_slowmo.communication.pipeline import complete
 from lightning_slowmo.communication.workers import Workers
 from tests.harness import free_port, run, run_trainers
 from tests.trainer.models import Regression, data, distance, numbers, trainer
@@ -58,7 +59,7 @@ def train(rank, folder):
         "validated": module.validated,
         "end": numbers(module),
         "syncs": fitting.strategy.report.count,
-        "workers": dist.get_process_group_ranks(fitting.strategy.workers.data),
+        "workers": dist.get_process_group_ranks(fitting.strategy.workers.group),
     }
     results["resumed"] = numbers(fit(rank, strategy(), True, f"{folder}/step=8.ckpt")[0])
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}
@@ -131,17 +132,17 @@ REFUSED = {
 
 
 def find_places(rank):
-    everyone, limit = Workers.from_world(), timedelta(seconds=20)
+    everyone = Workers.from_world(timedelta(seconds=20))
     found = {}
     for name, (per_node, places, _, _) in PLACES.items():
-        node, workers = two_levels(everyone, per_node, *places[rank], limit)
+        node, workers = two_levels(everyone, per_node, *places[rank])
         number, total = torch.ones(1) * rank, torch.ones(1) * rank
-        dist.all_reduce(number, group=node)
-        workers.sum(total).wait()
+        dist.all_reduce(number, group=node.group)
+        complete(workers.sum(total))
         found[name] = number.item(), total.item(), workers.size
     for per_node, places, message in REFUSED.values():
         with pytest.raises(ValueError, match=message):
-            two_levels(everyone, per_node, *places[rank], limit)
+            two_levels(everyone, per_node, *places[rank])
     return found
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_slowmo.algorithms.base import copy_state
+from lightning_slowmo.averaging.averager import copy_state
 from lightning_slowmo.communication.compressed import Chunk, chunks
+from lightning_slowmo.communication.pipeline import complete
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout
 
@@ -63,8 +64,7 @@ class Feedback:
         """The residual of the mean, in the shapes of the parameters. All workers must call this."""
         buffers = self.contribution()
         for flat in buffers:
-            total = self.workers.sum(flat)
-            total.wait().div_(total.weight)
+            flat.div_(complete(self.workers.sum(flat)))
         return self.layout.per_parameter(buffers)
 
     def set_total(self, total: list[Tensor]) -> None:

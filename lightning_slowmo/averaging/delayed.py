@@ -1,4 +1,4 @@
-"""Averages that travel while training goes on (*overlap*), and of a part of the parameters at a time (*fragments*).
+"""Means that travel while training goes on (*overlap*), and of a part of the parameters at a time (*fragments*).
 
 Zhou et al., "DaSGD: Squeezing SGD Parallelization Performance in Distributed Training Using Delayed Averaging", 2020,
 https://arxiv.org/abs/2006.00441, and Douillard et al., "Streaming DiLoCo with Overlapping Communication", 2025,
@@ -15,34 +15,110 @@ the mean. When y is taken in depends on steps alone and not on when the mean arr
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import NOT_DUE, Round, Running, SyncReport, copy_state
-from lightning_slowmo.communication.collectives import DelayedAverage, Then, average
+from lightning_slowmo.averaging.averager import Averager, OnSum, check_fragments, copy_state
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.averaging.mean import average, take_mean
+from lightning_slowmo.communication.meeting import Round
+from lightning_slowmo.communication.pipeline import UnderWay, start
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Layout, Scratch
+from lightning_slowmo.parameters import Bucket, Layout, Scratch
 
 
-class RunningStreaming(Running):
-    """Local SGD whose averages overlap with steps, go by fragments, or both.
-
-    Whichever worker came to a sync, all take part, so the fragments' turns are the same everywhere. A worker that has
-    taken fewer than ``overlap`` steps until the next sync, as its inputs have ended, takes in then what is in flight.
-
-    Args:
-        sync_every: optimizer steps between two averages of the same fragment.
-        overlap: steps for which an average is on its way.
-        fragments: number of parts.
-        optimizer: the user's own.
-        workers: who takes part.
+@dataclass
+class Flight:
+    """A mean of parameters that is on its way while training goes on.
 
     Attributes:
-        every: optimizer steps between syncs.
-        fragment: the fragment whose turn it is.
+        buckets: the parameters.
+        sent: s, what this worker sent, one flat tensor per bucket.
+        new: y as soon as it has arrived, one flat tensor per bucket.
+        sums: the sums that become y; none once it has arrived.
+        on_sum: makes y from the sum.
+        steps: local steps since it was sent.
+        drift: this worker's distance from the mean, relative to the norm of the mean; 0 until that is known.
+    """
+
+    buckets: Sequence[Bucket]
+    sent: list[Tensor]
+    new: list[Tensor]
+    sums: list[UnderWay[float]] = field(default_factory=list)
+    on_sum: OnSum | None = None
+    steps: int = 0
+    drift: float = 0.0
+
+    @classmethod
+    def send(
+        cls,
+        buckets: Sequence[Bucket],
+        workers: Workers,
+        scratch: Scratch,
+        weights: Sequence[float] | None = None,
+        on_sum: OnSum | None = None,
+    ) -> Flight:
+        """Send all buckets at once, in the same order as the other workers, and wait for nobody.
+
+        Args:
+            buckets: the parameters.
+            workers: all of whom must call this.
+            scratch: two buffers for each bucket, that nobody else uses until the flight has landed.
+            weights: weight of each worker, by rank; equal if None.
+            on_sum: makes y from the sum.
+        """
+        self = cls(buckets, [], [], on_sum=on_sum)
+        for bucket in buckets:
+            sent, new = (scratch.allot(bucket, bucket.numel)[: bucket.numel] for _ in range(2))
+            self.sent.append(bucket.copy_to(sent))
+            self.new.append(new.copy_(sent))
+            self.sums.append(start(workers.sum(new, weights)))
+        return self
+
+    def arrive(self) -> None:
+        """Wait until the mean has come, and make y of it. The parameters stay as they are.
+
+        Raises:
+            SyncError: if a worker did not take part in time.
+        """
+        if not self.sums:
+            return
+        drift = Drift(sum(bucket.numel for bucket in self.buckets))
+        for bucket, sent, new, sum_ in zip(self.buckets, self.sent, self.new, self.sums, strict=True):
+            weight = sum_.wait()
+            drift.compare(drift.sample(sent), new, weight)
+            take_mean(bucket, new, weight, self.on_sum)
+        self.sums = []
+        self.drift = drift.value()
+
+    def correct(self, scratch: Scratch) -> None:
+        """Let the parameters x become y + (x - s). Written so, what has not moved since becomes y to the last bit.
+
+        Args:
+            scratch: a buffer for the bucket in hand.
+        """
+        for bucket, sent, new in zip(self.buckets, self.sent, self.new, strict=True):
+            flat = bucket.pack(scratch.take(bucket))
+            for (_, x), (_, s), (_, y) in zip(*map(bucket.blocks, (flat, sent, new)), strict=True):
+                x.sub_(s).add_(y)
+            bucket.unpack(flat)
+
+
+class DelayedAverager(Averager):
+    """Average one fragment after the other, each behind the next steps.
+
+    Whichever worker came to a sync, all take part, so the fragments' turns are the same everywhere. A worker that has
+    taken fewer than ``overlap`` steps until the next sync, as its inputs have ended, takes in then what is under way.
+
+    Args:
+        layout: the parameters, cut into fragments.
+        workers: who takes part.
+        overlap: steps for which an average is under way; 0 waits for it.
+
+    Attributes:
         steps: for each fragment, steps of each worker from its last average to the last sync, by rank.
         in_flight: the average under way, which may have arrived already.
 
@@ -50,18 +126,16 @@ class RunningStreaming(Running):
         ValueError: if there are fewer parameters than fragments.
     """
 
-    def __init__(self, sync_every: int, overlap: int, fragments: int, optimizer: Optimizer, workers: Workers) -> None:
-        super().__init__(optimizer, workers, fragments=fragments)
-        if not all(self.layout.fragment(index) for index in range(fragments)):
+    def __init__(self, layout: Layout, workers: Workers, overlap: int) -> None:
+        super().__init__(layout, workers)
+        if not all(layout.fragment(index) for index in range(layout.fragments)):
             raise ValueError(
-                f"fragments must be at most the number of trained parameters, {len(self.layout.parameters)}, as "
-                f"parameters stay whole; got {fragments}."
+                f"fragments must be at most the number of trained parameters, {len(layout.parameters)}, as parameters "
+                f"stay whole; got {layout.fragments}."
             )
-        self.every = sync_every // fragments
         self.overlap = overlap
-        self.fragment = 0
-        self.steps = [[0] * workers.size for _ in range(fragments)]
-        self.in_flight: DelayedAverage | None = None
+        self.steps = [[0] * workers.size for _ in range(layout.fragments)]
+        self.in_flight: Flight | None = None
         self._drift = 0.0
         self._room = self._make_room()
 
@@ -69,29 +143,18 @@ class RunningStreaming(Running):
         """Memory for what was sent, and for its mean, of one fragment at a time."""
         return Scratch(2 * max(len(self.layout.fragment(index)) for index in range(self.layout.fragments)))
 
-    def due(self) -> int:
-        """Level 1 every ``sync_every / fragments`` local steps."""
-        return 1 if self.pending >= self.every else NOT_DUE
-
     def after_step(self) -> None:
-        """Count a local step, and take in the average that has been on its way for long enough."""
-        super().after_step()
+        """Take in the average that has been under way for long enough."""
         if self.in_flight is not None:
             self.in_flight.steps += 1
             if self.in_flight.steps >= self.overlap:
                 self._land()
 
-    def sync(self, round: Round) -> SyncReport:
-        """Average a fragment, or send it. With overlap, the drift is that of the average before."""
-        return SyncReport(drift=self.average(round))
-
-    def average_agrees(self, round: Round) -> bool:
-        """Not while averages are on their way or in parts, unless everything is averaged because of a sick worker."""
+    def agrees(self, round: Round) -> bool:
+        """Not while averages are under way or in parts, unless everything is averaged because of a sick worker."""
         return not all(round.healthy)
 
-    agrees_after = average_agrees
-
-    def average(self, round: Round, then: Then | None = None) -> float:
+    def average(self, round: Round, on_sum: OnSum | None = None) -> float:
         """Average the fragment whose turn it is, at once or delayed; all fragments at once if a worker is not healthy.
 
         Returns:
@@ -102,19 +165,18 @@ class RunningStreaming(Running):
         averaged = [chosen] if well else list(fragments)  # what a worker has lost, it needs now
         if well and self.overlap:
             buckets, weights = self.layout.fragment(chosen), self._weights(chosen, round)
-            self.in_flight = DelayedAverage.send(buckets, self.workers, self._room, weights, then)
+            self.in_flight = Flight.send(buckets, self.workers, self._room, weights, on_sum)
         else:
-            drifts = {index: self._average(index, round, then if index == chosen else None) for index in averaged}
+            drifts = {index: self._average(index, round, on_sum if index == chosen else None) for index in averaged}
             self._drift = drifts[chosen]
         none = [0] * self.workers.size
         self.steps = [none if index in averaged else self._steps_of(index, round) for index in fragments]
         self.fragment = (chosen + 1) % len(fragments)
-        self.pending = 0
         return self._drift
 
-    def _average(self, index: int, round: Round, then: Then | None = None) -> float:
+    def _average(self, index: int, round: Round, on_sum: OnSum | None = None) -> float:
         weights = self._weights(index, round)
-        return average(self.layout.fragment(index), self.workers, self.scratch, weights, then)
+        return average(self.layout.fragment(index), self.workers, self.scratch, weights, on_sum)
 
     def _weights(self, index: int, round: Round) -> list[float]:
         """The weight of each worker in the mean of a fragment."""
@@ -125,12 +187,12 @@ class RunningStreaming(Running):
         return [earlier + now for earlier, now in zip(self.steps[index], round.pending, strict=True)]
 
     def drain(self) -> None:
-        """Wait for what is in flight; the outer step, if there is one, is made. It is taken in when its time comes."""
+        """Wait for what is under way; the outer step, if there is one, is made. It is taken in when its time comes."""
         if self.in_flight is not None:
             self.in_flight.arrive()
 
     def _land(self) -> None:
-        """Take in what is in flight."""
+        """Take in what is under way."""
         if self.in_flight is not None:
             self.in_flight.arrive()
             self.in_flight.correct(self.scratch)
@@ -138,9 +200,9 @@ class RunningStreaming(Running):
             self.in_flight = None
 
     def consensus(self, round: Round) -> None:
-        """Overwrite the parameters with the mean of what they would be if what is in flight were taken in already.
+        """Overwrite the parameters with the mean of what they would be if what is under way were taken in already.
 
-        It stays in flight: nothing but the parameters changes.
+        It stays under way: nothing but the parameters changes.
         """
         if self.in_flight is not None:
             self.in_flight.arrive()
@@ -149,14 +211,14 @@ class RunningStreaming(Running):
             self._average(index, round)
 
     def finish(self, round: Round) -> None:
-        """End with the consensus; what was in flight is in it."""
+        """End with the consensus; what was under way is in it."""
         self.consensus(round)
         self.in_flight = None
 
-    def relayout(self, layout: Layout) -> None:
-        """Take over a new layout, and take in what is in flight."""
+    def adopt_layout(self, layout: Layout) -> None:
+        """Take over a new layout, and take in what is under way."""
         self._land()
-        super().relayout(layout)
+        super().adopt_layout(layout)
         self._room = self._make_room()
 
     # State ------------------------------------------------------------------------------------------------------------
@@ -166,8 +228,8 @@ class RunningStreaming(Running):
         return {"fragments": self.layout.fragments, "fragment": self.fragment}
 
     def local_state(self) -> dict[str, Any]:
-        """The counts of steps, and what is in flight, which is waited for."""
-        return super().local_state() | {"steps": self.steps, "in_flight": self._flight_state()}
+        """The counts of steps, and what is under way, which is waited for."""
+        return {"steps": self.steps, "in_flight": self._flight_state()}
 
     def _flight_state(self) -> dict[str, Any] | None:
         flight = self.in_flight
@@ -193,14 +255,13 @@ class RunningStreaming(Running):
         return [view for parameter, view in views if id(parameter) not in outside]
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`shared_state` returned. By itself it lets nothing be in flight."""
-        check_saved(state, self.layout.fragments)
+        """Restore what :meth:`shared_state` returned. By itself it lets nothing be under way."""
+        check_fragments(state, self.layout.fragments)
         self.fragment = state.get("fragment", 0)
         self.in_flight = None
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned on this worker."""
-        super().load_local_state(state)
         self.steps = state.get("steps", self.steps)
         flight = state.get("in_flight")
         if flight is None:
@@ -209,14 +270,4 @@ class RunningStreaming(Running):
         for name, flats in buffers.items():
             copy_state(self._of_last(flats), flight[name], "average in flight")
         sent, new = ([bucket.of(flats) for bucket in buckets] for flats in buffers.values())
-        self.in_flight = DelayedAverage(buckets, sent, new, steps=flight["steps"])
-
-
-def check_saved(state: dict[str, Any], fragments: int) -> None:
-    """Raise ValueError if a checkpoint's parameters were averaged in another number of fragments."""
-    saved = state.get("fragments", 1)
-    if saved != fragments:
-        raise ValueError(
-            f"The checkpoint was saved with fragments={saved}, and this is fragments={fragments}. Resume with the same "
-            "fragments, or load the weights alone."
-        )
+        self.in_flight = Flight(buckets, sent, new, steps=flight["steps"])

@@ -1,0 +1,73 @@
+"""Exact means of buckets and of tensors: one all-reduce of every bucket, a few of them under way at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_slowmo.averaging.averager import OnSum
+from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.communication.pipeline import Transfer, pipeline
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.parameters import Bucket, Layout, Scratch
+from lightning_slowmo.storage import as_real
+
+
+def average(
+    buckets: Sequence[Bucket],
+    workers: Workers,
+    scratch: Scratch,
+    weights: Sequence[float] | None = None,
+    on_sum: OnSum | None = None,
+) -> float:
+    """Replace parameters by their mean over the workers.
+
+    Args:
+        buckets: the parameters.
+        workers: all of whom must call this.
+        scratch: buffers for the buckets under way.
+        weights: weight of each worker, by rank; equal if None.
+        on_sum: makes the new values from the sum; None: the mean.
+
+    Returns:
+        The drift: this worker's distance from the mean before, relative to the norm of the mean.
+    """
+    drift = Drift(sum(bucket.numel for bucket in buckets))
+
+    def transfer(bucket: Bucket) -> Transfer[None]:
+        flat = bucket.pack(scratch.take(bucket))
+        local = drift.sample(flat)
+        weight = yield from workers.sum(flat, weights)
+        drift.compare(local, flat, weight)
+        take_mean(bucket, flat, weight, on_sum)
+        bucket.unpack(flat)
+
+    pipeline(map(transfer, buckets), depth=scratch.count)
+    return drift.value()
+
+
+def take_mean(bucket: Bucket, flat: Tensor, weight: float, on_sum: OnSum | None) -> None:
+    """Turn a sum over the workers into their mean, or into what ``on_sum`` makes of it."""
+    for block, total in bucket.blocks(flat):
+        if on_sum is not None:
+            on_sum(block, total, weight)
+        elif weight != 1:
+            total.mul_(1 / weight)
+
+
+def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequence[float] | None = None) -> None:
+    """Replace float and complex tensors by their mean over the workers, and others by worker 0's (for buffers).
+
+    Args:
+        tensors: of equal shapes and dtypes on all workers.
+        workers: all of whom must call this.
+        weights: weight of each worker, by rank; equal if None.
+    """
+    if workers.alone:
+        return
+    numbers = [as_real(tensor.detach()) for tensor in tensors]
+    floats = [tensor for tensor in numbers if tensor.is_floating_point()]
+    average(Layout([floats], workers.sizes).buckets, workers, Scratch(), weights)
+    broadcast_tensors([tensor for tensor in numbers if not tensor.is_floating_point()], workers)

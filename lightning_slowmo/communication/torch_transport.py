@@ -1,0 +1,218 @@
+"""Messages between processes, by ``torch.distributed``: the one file of this floor that knows it.
+
+The workers have process groups of their own, never Lightning's default one: a *data* group on the device's backend for
+tensors, and a *control* group on gloo for headers, so that a decision never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_slowmo.communication.failures import Failures
+from lightning_slowmo.communication.pipeline import Transfer
+from lightning_slowmo.communication.workers import SyncError
+from lightning_slowmo.private import default_store
+
+LOOK_EVERY = timedelta(seconds=1)
+"""How often a worker that waits for headers looks whether another one has failed."""
+
+
+class TorchTransport:
+    """One process among others.
+
+    Args:
+        data: process group for tensors.
+        control: gloo process group of the same processes for headers.
+        backend: that the data group uses, and that those of parts of it will.
+        timeout: how long to wait for the others.
+        names: what to call each process in messages.
+    """
+
+    def __init__(
+        self,
+        data: dist.ProcessGroup,
+        control: dist.ProcessGroup,
+        backend: str,
+        timeout: timedelta,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.group = data
+        self.control = control
+        self.backend = backend
+        self.timeout = timeout
+        self.rank = dist.get_rank(data)
+        self.size = dist.get_world_size(data)
+        self.names = list(names) if names is not None else [f"rank {rank}" for rank in range(self.size)]
+        self.failures = Failures(
+            dist.PrefixStore(f"lightning_slowmo/{control.group_name}", default_store()), self.rank, self.names, timeout
+        )
+        self._operations = 0
+        """Operations that all processes have taken part in: tells one occasion to wait from the others."""
+
+    @classmethod
+    def of_world(cls, timeout: timedelta, device: torch.device | str = "cpu") -> TorchTransport | None:
+        """All processes of ``torch.distributed``; None if this one is alone."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        backend = dist.Backend.default_device_backend_map[torch.device(device).type]
+        data, control = (_new_group(None, kind, timeout) for kind in (backend, "gloo"))
+        return cls(data, control, backend, timeout)
+
+    # Tensors ----------------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, flat: Tensor, purpose: str) -> Transfer[None]:
+        """Overwrite a tensor with its sum over the processes."""
+        return self._collective(purpose, lambda: dist.all_reduce(flat, group=self.group, async_op=True))
+
+    def reduce_scatter(self, own: Tensor, flat: Tensor, purpose: str) -> Transfer[None]:
+        """Sum over the processes, of which each gets a piece."""
+        return self._collective(purpose, lambda: dist.reduce_scatter_tensor(own, flat, group=self.group, async_op=True))
+
+    def all_gather(self, flat: Tensor, own: Tensor, purpose: str) -> Transfer[None]:
+        """Collect every process's piece."""
+        return self._collective(
+            purpose, lambda: dist.all_gather_into_tensor(flat, own, group=self.group, async_op=True)
+        )
+
+    def broadcast(self, tensor: Tensor, source: int, purpose: str) -> Transfer[None]:
+        """Overwrite a tensor with that of one process."""
+        return self._collective(
+            purpose, lambda: dist.broadcast(tensor, self._global(source), group=self.group, async_op=True)
+        )
+
+    def all_to_all(
+        self, arriving: Tensor, arriving_sizes: list[int], leaving: Tensor, leaving_sizes: list[int], purpose: str
+    ) -> Transfer[None]:
+        """Send every process a piece and receive one from each."""
+        return self._collective(
+            purpose,
+            lambda: dist.all_to_all_single(
+                arriving, leaving, arriving_sizes, leaving_sizes, group=self.group, async_op=True
+            ),
+        )
+
+    def send_and_receive(
+        self,
+        message: Tensor,
+        receivers: Sequence[int],
+        arriving: Sequence[Tensor],
+        senders: Sequence[int],
+        purpose: str,
+    ) -> Transfer[None]:
+        """Send one message to some processes and receive one from others."""
+        peers = [*senders, *receivers]
+        kinds = [dist.irecv] * len(senders) + [dist.isend] * len(receivers)
+        tensors = [*arriving, *[message] * len(receivers)]
+        operations = [
+            dist.P2POp(kind, tensor, self._global(peer), self.group)
+            for kind, tensor, peer in zip(kinds, tensors, peers, strict=True)
+        ]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:  # a peer is gone already
+            raise self._absence(purpose, error, peers) from error
+        yield
+        # gloo gives a handle per message, NCCL one for all.
+        whom: Iterable[list[int]] = [[peer] for peer in peers]
+        if len(works) != len(peers):
+            whom = [sorted(set(peers))] * len(works)
+        for work, depends_on in zip(works, whom, strict=True):
+            self._wait(work, purpose, depends_on)
+
+    def _collective(self, purpose: str, begin: Any) -> Transfer[None]:
+        self._operations += 1
+        try:
+            work = begin()
+        except RuntimeError as error:
+            raise self._absence(purpose, error) from error
+        yield
+        self._wait(work, purpose)
+
+    def _global(self, rank: int) -> int:
+        """The rank of one of these processes among all of ``torch.distributed``."""
+        return dist.get_global_rank(self.group, rank)
+
+    # Headers ----------------------------------------------------------------------------------------------------------
+
+    def gather_header(self, everyone: Tensor, own: Tensor, purpose: str) -> None:
+        """Collect a few numbers of every process, over the control group."""
+        self._operations += 1
+        try:
+            work = dist.all_gather_into_tensor(everyone, own, group=self.control, async_op=True)
+        except RuntimeError as error:
+            raise self._absence(purpose, error) from error
+        self._wait_for_headers(cast(dist.Work, work), purpose)
+
+    def _wait_for_headers(self, work: dist.Work, purpose: str) -> None:
+        """Wait, and look from time to time whether somebody has failed who would never come."""
+        start = time.monotonic()
+        while True:
+            # Asked before: work that ends while an exception says it has not is waited for once more.
+            ended = work.is_completed()
+            try:
+                work.wait(LOOK_EVERY)
+                return
+            except RuntimeError as error:
+                waited = timedelta(seconds=time.monotonic() - start)
+                if ended or waited >= self.timeout or self.failures.any():
+                    raise self._absence(purpose, error, lost=waited < self.timeout * 0.9) from error
+
+    # Sets and failures ------------------------------------------------------------------------------------------------
+
+    def split(self, sets: Sequence[Sequence[int]], headers: bool) -> TorchTransport:
+        """Process groups of disjoint sets: every process takes part in making every group, in the same order."""
+        own: TorchTransport | None = None
+        for ranks in sets:
+            everywhere = [self._global(rank) for rank in ranks]
+            data = _new_group(everywhere, self.backend, self.timeout)
+            control = _new_group(everywhere, "gloo", self.timeout) if headers else data
+            if self.rank in ranks:
+                names = [self.names[rank] for rank in ranks]
+                own = TorchTransport(data, control, self.backend, self.timeout, names)
+        assert own is not None  # every process is in one of the sets
+        return own
+
+    def report_failure(self, reason: str) -> None:
+        """Leave word why this process stops."""
+        if dist.is_initialized():
+            self.failures.report(reason)
+
+    def let_others_hear(self) -> None:
+        """Stay until the others have read the reason, if this process hosts the store."""
+        if dist.is_initialized():
+            self.failures.let_others_hear()
+
+    def _wait(self, work: dist.Work | None, purpose: str, peers: Sequence[int] | None = None) -> None:
+        """Wait for a communication to end, at most as long as the timeout.
+
+        Args:
+            work: what to wait for; nothing if None.
+            purpose: what it is for, for messages.
+            peers: the processes on which it depends; all if None.
+
+        Raises:
+            SyncError: if it failed or took longer; names those who did not come, and why if that is known.
+        """
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._absence(purpose, error, peers) from error
+
+    def _absence(
+        self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
+    ) -> SyncError:
+        if not dist.is_initialized():
+            return SyncError(f"{self.names[self.rank]} could not meet the other workers for {purpose}. {error}")
+        return self.failures.absence(purpose, str(self._operations), error, peers, lost)
+
+
+def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))

@@ -1,0 +1,168 @@
+"""The consensus: the mean model that is evaluated and saved, in the module's place for a while, or for good.
+
+Beside the trained parameters it has the module's buffers (BatchNorm statistics), and parameters that no optimizer
+trains and that change all the same, such as those of an EMA teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lightning_slowmo.algorithms import inner_buffers
+from lightning_slowmo.algorithms.base import Running
+from lightning_slowmo.averaging import average_tensors
+from lightning_slowmo.communication.meeting import Header, Meeting, Reason, Round
+from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.storage import local
+
+
+class Consensus:
+    """Swaps the consensus in and out, and keeps what no algorithm averages in step.
+
+    Args:
+        module: the model; None if there are only the optimizers' parameters.
+        workers: between which parameters are exchanged.
+        everyone: all processes.
+
+    Attributes:
+        untrained: parameters that no optimizer trains and that were seen to differ between workers, by name.
+    """
+
+    def __init__(self, module: Module | None, workers: Workers, everyone: Workers) -> None:
+        self.module = module
+        self.workers = workers
+        self.everyone = everyone
+        self.untrained: dict[str, Tensor] = {}
+        self._own: list[list[Tensor]] | None = None
+        self._own_besides: list[Tensor] = []
+
+    @property
+    def entered(self) -> bool:
+        """Whether the model holds the consensus at present, and the workers' own parameters are put aside."""
+        return self._own is not None
+
+    def enter(self, running: Sequence[Running], meeting: Meeting) -> None:
+        """Put this worker's parameters and buffers aside and load the consensus; all workers must call this.
+
+        Args:
+            running: the algorithms, by optimizer.
+            meeting: at which the workers have met for this.
+        """
+        self.look_for_untrained(running)
+        self._own = [each.layout.snapshot() for each in running]
+        self._own_besides = [tensor.clone() for tensor in self._besides()]
+        self._load(running, meeting)
+
+    def leave(self, running: Sequence[Running]) -> None:
+        """Give this worker its own parameters and buffers back, bit for bit."""
+        if self._own is None:
+            return
+        with torch.no_grad():
+            for each, snapshot in zip(running, self._own, strict=True):
+                each.layout.restore(snapshot)
+            for tensor, own in zip(self._besides(), self._own_besides, strict=True):
+                tensor.copy_(own)
+        self._own, self._own_besides = None, []
+
+    def settle(self, running: Sequence[Running], meeting: Meeting) -> None:
+        """Load the consensus for good: training ends, or goes on from there."""
+        self.look_for_untrained(running)
+        self._load(running, meeting, for_good=True)
+
+    def _load(self, running: Sequence[Running], meeting: Meeting, for_good: bool = False) -> None:
+        with torch.no_grad():
+            for index, each in enumerate(running):
+                each.averager.drain()
+                round = meeting.round(Header(Reason.SYNC, index))
+                if for_good:
+                    each.averager.finish(round)
+                    each.moved()
+                else:
+                    each.averager.consensus(round)
+            average_tensors(self._besides(), self.everyone, [float(not header.poisoned) for header in meeting.headers])
+
+    def _buffers(self) -> list[Tensor]:
+        return [] if self.module is None else [buffer.detach() for buffer in self.module.buffers()]
+
+    def _besides(self) -> list[Tensor]:
+        """What belongs to the consensus besides the trained parameters."""
+        return [*self._buffers(), *self.untrained.values()]
+
+    def model(self, running: Sequence[Running]) -> list[Tensor]:
+        """Everything that the consensus is made of: trained parameters, buffers and, of the module, all others."""
+        trained = [parameter for each in running for parameter in each.layout.parameters]
+        known = {id(parameter) for parameter in trained}
+        others = [] if self.module is None else [p for p in self.module.parameters() if id(p) not in known]
+        return [parameter.detach() for parameter in (*trained, *others)] + self._buffers()
+
+    # What no algorithm averages ---------------------------------------------------------------------------------------
+
+    def look_for_untrained(self, running: Sequence[Running]) -> None:
+        """Find parameters that no optimizer trains and that change all the same.
+
+        Frozen parameters must keep their bits, and a mean of equal values can lose one; so a parameter is averaged
+        only once the workers' checksums of it differ.
+        """
+        if self.module is None or self.everyone.alone:
+            return
+        trained = {id(parameter) for each in running for parameter in each.layout.parameters}
+        others = {
+            name: parameter.detach()
+            for name, parameter in self.module.named_parameters()
+            if id(parameter) not in trained and name not in self.untrained and parameter.numel()
+        }
+        if not others:
+            return
+        checksums = [float(tensor.sum(dtype=torch.float64)) for tensor in others.values()]
+        columns = zip(*self.everyone.gather(checksums, "checksums of untrained parameters"), strict=True)
+        differ = [name for name, column in zip(others, columns, strict=True) if len(set(column)) > 1]
+        self.untrained |= {name: others[name] for name in differ}
+
+    def average_also(self, names: Sequence[str]) -> None:
+        """Set which of the module's untrained parameters are averaged."""
+        named = dict(self.module.named_parameters()) if self.module is not None else {}
+        self.untrained = {name: named[name].detach() for name in names}
+
+    def average_untrained(self) -> None:
+        """Average the parameters that were found to change."""
+        with torch.no_grad():
+            average_tensors(list(self.untrained.values()), self.everyone)
+
+    def heal(self, running: Running, round: Round) -> None:
+        """Give the workers that were left out of a mean what their parameters alone do not bring back to health."""
+        healthy = round.healthy[self.workers.rank]
+        buffers = self._buffers()
+        own = [buffer.clone() for buffer in buffers]
+        average_tensors(buffers, self.workers, [float(well) for well in round.healthy])
+        if healthy:
+            for buffer, value in zip(buffers, own, strict=True):
+                buffer.copy_(value)
+        else:
+            inner_buffers.reset(running.optimizer)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def local_state(self, running: Sequence[Running]) -> dict[str, Any]:
+        """This worker's own parameters and buffers, also while the model holds the consensus."""
+        own = self._own if self._own is not None else [each.layout.snapshot() for each in running]
+        besides = self._own_besides if self.entered else self._besides()
+        return {
+            "parameters": [each.layout.per_parameter(flat) for each, flat in zip(running, own, strict=True)],
+            "moving": list(self.untrained),
+            "buffers": list(besides),
+        }
+
+    def load_local_state(self, running: Sequence[Running], state: dict[str, Any]) -> None:
+        """Restore what :meth:`local_state` returned on this worker."""
+        with torch.no_grad():
+            for each, parameters in zip(running, state["parameters"], strict=True):
+                for parameter, own in zip(each.layout.parameters, parameters, strict=True):
+                    local(parameter).copy_(own)
+            self.average_also(state["moving"])
+            for tensor, own in zip(self._besides(), state["buffers"], strict=True):
+                tensor.copy_(own)
