@@ -117,7 +117,7 @@ class Algorithm(ABC):
         raise ValueError(f"What {type(self).__name__} sends is not known here.")
 
     def average_sync(self, layout: Layout, workers: int) -> traffic.Sync:
-        """The exact average with which an outer loop over this algorithm replaces its sync, without the header."""
+        """The average of an outer loop over this algorithm, without the header: an all-reduce by default."""
         return traffic.all_reduce(layout, workers)
 
     def state_numel(self, layout: Layout, workers: int) -> float:

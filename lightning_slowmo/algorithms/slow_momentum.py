@@ -158,7 +158,7 @@ def check_base(base: Any) -> None:
     kind = base if isinstance(base, type) else type(base)
     if issubclass(kind, (SlowMo, BMUF, DiLoCo)):
         raise ValueError(
-            f"base must not be an outer loop itself, got {kind.__name__}: both would average, and then step from the mean. "
+            f"base must not be an outer loop itself, got {kind.__name__}: both would average and step from the mean. "
             f"Use {kind.__name__} alone, or SlowMo over an algorithm without outer steps, such as Gossip()."
         )
     if kind is base and issubclass(kind, Algorithm):
