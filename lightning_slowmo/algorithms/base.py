@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ class Algorithm(ABC):
     Subclasses are frozen dataclasses that check their fields in ``__post_init__``.
     """
 
+    is_outer_loop: ClassVar[bool] = False
+    """Whether it steps from the mean of the workers; such an algorithm can be no other one's base."""
+
     @property
     def kind(self) -> str:
         """What decides whether saved state fits: the class, whether it compresses, and the kind of its base."""
@@ -106,7 +109,7 @@ class Algorithm(ABC):
         raise ValueError(f"What {type(self).__name__} sends is not known here.")
 
     def average_sync(self, layout: Layout, workers: int) -> traffic.Sync:
-        """The exact average with which an outer loop over this algorithm replaces its sync, without the header."""
+        """The average of an outer loop over this algorithm, without the header: an all-reduce by default."""
         return traffic.all_reduce(layout, workers)
 
     def state_numel(self, layout: Layout, workers: int) -> float:

@@ -14,6 +14,7 @@ W_g <- W_g + zeta G + eta D, which is the same recursion.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -54,6 +55,8 @@ class BMUF(Algorithm):
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    is_outer_loop: ClassVar[bool] = True
 
     sync_every: int = 50
     block_momentum: float | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class DiLoCo(Algorithm):
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    is_outer_loop: ClassVar[bool] = True
 
     sync_every: int = 500
     outer_lr: float = 0.7

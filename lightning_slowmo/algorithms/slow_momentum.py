@@ -17,7 +17,7 @@ rate, which is 0 at the start of many warm-ups::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,13 +44,24 @@ from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Layout
 
+BASES = {
+    "allreduce": "AllReduce()",
+    "local_sgd": "LocalSGD()",
+    "sgp": "Gossip()",
+    "osgp": "Gossip(overlap=1)",
+    "dpsgd": 'Gossip("ring", push_sum=False, order="combine_while_adapt")',
+    "qprsgd": "QPRSGD()",
+}
+"""What to write as ``base`` for the preset of a name."""
+
 
 @dataclass(frozen=True)
 class SlowMo(Algorithm):
     """Slow momentum over a base algorithm.
 
     Args:
-        base: what happens between two slow updates; by default local steps alone, ``LocalSGD(sync_every)``.
+        base: what happens between two slow updates; by default local steps alone, ``LocalSGD(sync_every)``. A
+            configuration that is no outer loop itself.
         sync_every: optimizer steps between slow updates, the paper's tau.
         slow_momentum: the paper's beta, in [0, 1). The paper tuned 0.4 to 0.8 case by case; more for more workers.
         slow_lr: the paper's alpha. The paper always found 1 best.
@@ -73,6 +84,8 @@ class SlowMo(Algorithm):
         Trainer(strategy=SlowMoStrategy(SlowMo(sync_every=12, slow_momentum=0.7)))
     """
 
+    is_outer_loop: ClassVar[bool] = True
+
     base: Algorithm | None = None
     sync_every: int = 12
     slow_momentum: float = 0.5
@@ -90,6 +103,7 @@ class SlowMo(Algorithm):
         inner_buffers.check(self.inner_buffers)
         if self.base is None:
             object.__setattr__(self, "base", LocalSGD(self.sync_every))
+        check_base(self.base)
         if self.compressor is not None:
             check_compressor(self.compressor)
             if not (self.average and isinstance(self.base, LocalSGD)):
@@ -134,8 +148,27 @@ class SlowMo(Algorithm):
         assert self.base is not None  # set by __post_init__
         own = layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments))
         if self.compressor is not None:
-            return own + layout.numel * (2 + 1 / workers)
+            return own + layout.numel * (1 + 1 / workers)
         return own + self.base.state_numel(layout, workers)
+
+
+def check_base(base: Any) -> None:
+    """Raise ValueError unless ``base`` is a configuration that SlowMo can wrap."""
+    if isinstance(base, str):
+        known = f" For {base!r}, write base={BASES[base]}." if base in BASES else " Write base=Gossip(), for example."
+        raise ValueError(f"base must be a configuration, and names are for Trainer(strategy=...); got {base!r}.{known}")
+    kind = base if isinstance(base, type) else type(base)
+    if issubclass(kind, Algorithm) and kind.is_outer_loop:
+        raise ValueError(
+            f"base must not be an outer loop itself, got {kind.__name__}: both would average and step from the mean. "
+            f"Use {kind.__name__} alone, or SlowMo over an algorithm without outer steps, such as Gossip()."
+        )
+    if kind is base and issubclass(kind, Algorithm):
+        raise ValueError(
+            f"base must be a configuration, not a class: write base={kind.__name__}(), got {kind.__name__}."
+        )
+    if not isinstance(base, Algorithm):
+        raise ValueError(f"base must be a configuration such as Gossip() or LocalSGD(), got {base!r}.")
 
 
 def slow_update(

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, LocalSGD, SlowMo, Workers
+import lightning_slowmo
+from lightning_slowmo import BMUF, PRESETS, AllReduce, DiLoCo, Engine, Gossip, LocalSGD, SlowMo, Workers
 from lightning_slowmo.algorithms import inner_buffers
+from lightning_slowmo.algorithms.slow_momentum import BASES
 
 NO_PERIOD = [0, -1, 1.5, 2.0, True, "12", None]
 NO_MOMENTUM = [-0.1, 1, 1.0, math.nan, math.inf, "0.5", True]
@@ -53,6 +55,34 @@ def test_configurations_are_values(algorithm):
     assert hash(twin) == hash(algorithm)
     assert repr(twin) == repr(algorithm)  # what the workers compare
     assert [other for other in GOOD if other == algorithm] == [algorithm]
+
+
+@pytest.mark.parametrize("base", [SlowMo(), SlowMo(Gossip(), sync_every=4), DiLoCo(), BMUF(), SlowMo, DiLoCo], ids=repr)
+def test_an_outer_loop_is_no_base(base):
+    kind = base if isinstance(base, type) else type(base)
+    with pytest.raises(ValueError, match=rf"base must not be an outer loop itself, got {kind.__name__}: .* alone"):
+        SlowMo(base)
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_a_name_as_base_is_refused_with_what_to_write_instead(name):
+    with pytest.raises(ValueError, match=f"^base must be a configuration, .* got '{name}'") as refused:
+        SlowMo(base=name)
+    advised = str(refused.value).split("write base=")[1].removesuffix(".")
+    assert eval(advised, vars(lightning_slowmo)) == PRESETS[name]
+    SlowMo(base=PRESETS[name])  # which is accepted
+
+
+@pytest.mark.parametrize("kind", [Gossip, LocalSGD, AllReduce])
+def test_a_class_as_base_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"not a class: write base={kind.__name__}\(\), got {kind.__name__}\.$"):
+        SlowMo(base=kind)
+
+
+@pytest.mark.parametrize("base", ["slowmo_sgp", "spg", 12, True, torch.optim.SGD])
+def test_other_things_as_base_are_refused(base):
+    with pytest.raises(ValueError, match=r"^base must be a configuration"):
+        SlowMo(base=base)
 
 
 def test_configurations_cannot_be_changed():
