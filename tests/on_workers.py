@@ -7,6 +7,8 @@ A test of this kind is written as a function of this process's :class:`Workers`:
 
 pytest sees it as one test per number of workers. Starting processes is the expensive part, so all the tests of a module
 at one number of workers run in the same processes, one after the other, each with process groups of its own.
+
+Where processes are not the point, :func:`on_threads` runs the same kind of test on workers of this process.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lightning_slowmo.communication.in_process import in_process, together
 from tests import harness
 
 TIMEOUT = timedelta(seconds=20)
@@ -56,6 +59,23 @@ def on_workers(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Ca
         shown = pytest.mark.parametrize("case", each)(test_case) if each else test
         shown.__name__, shown.__doc__, shown.__module__ = name, function.__doc__, module
         return pytest.mark.processes(pytest.mark.parametrize("size", sizes)(shown))
+
+    return decorate
+
+
+def on_threads(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Callable]:
+    """As :func:`on_workers`, on threads of this process; so the test must leave global state (seeds, patches) alone."""
+
+    def decorate(function: Callable) -> Callable:
+        def test(size: int) -> None:
+            together(in_process(size, TIMEOUT), function)
+
+        def test_case(size: int, case: Any) -> None:
+            together(in_process(size, TIMEOUT), lambda workers: function(workers, case))
+
+        shown = pytest.mark.parametrize("case", each)(test_case) if each else test
+        shown.__name__, shown.__doc__, shown.__module__ = function.__name__, function.__doc__, function.__module__
+        return pytest.mark.parametrize("size", sizes)(shown)
 
     return decorate
 

@@ -110,7 +110,7 @@ class DiLoCo(Algorithm):
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """Anchor and outer momentum; for a compressor an anchor and both residuals."""
-        compressed = 2 + 1 / workers if self.compressor is not None else 0
+        compressed = 1 + 1 / workers if self.compressor is not None else 0
         return layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments) + compressed)
 
 

@@ -144,11 +144,15 @@ class SlowMo(Algorithm):
         return [*traffic.between_averages(inside, self.sync_every), *outer]
 
     def state_numel(self, layout: Layout, workers: int) -> float:
-        """Anchor and slow momentum; what the base keeps, or for a compressor an anchor and both residuals."""
+        """Anchor and slow momentum; what the base keeps, or for a compressor both residuals.
+
+        If the base averages in between, a compressor also needs the common point of the base's last average.
+        """
         assert self.base is not None  # set by __post_init__
         own = layout.numel * (2 + traffic.copies_in_flight(self.overlap, self.fragments))
         if self.compressor is not None:
-            return own + layout.numel * (1 + 1 / workers)
+            averages_between = self.base != LocalSGD(self.sync_every)
+            return own + layout.numel * (1 + 1 / workers + averages_between)
         return own + self.base.state_numel(layout, workers)
 
 
