@@ -4,6 +4,8 @@
 # The stamps are older than a changed pyproject.toml, and then the set-up runs again.
 
 PYTHON ?= python3
+SEED ?= 1
+COUNT ?= 25
 BIN := .venv/bin
 EXTRAS := quickstart dev everything
 extras-quickstart := quickstart
@@ -27,8 +29,9 @@ test: lint  ## lint, type-check, and run all tests but the slow ones, two files 
 translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
 	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py
 
-faults: .venv/dev.stamp  ## run the slow tests: workers that die, wait and fail
+faults: .venv/dev.stamp  ## run the slow tests, then COUNT faults drawn from SEED: workers that die, wait and fail
 	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m tests.faults.campaign --seed $(SEED) --count $(COUNT)
 
 lint: .venv/dev.stamp  ## check style and types
 	$(BIN)/ruff check

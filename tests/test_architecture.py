@@ -14,6 +14,7 @@ LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_li
 
 FLOORS = {
     "parameters": 1,
+    "pieces": 1,
     "topology": 1,
     "compression": 1,
     "communication": 2,

@@ -9,9 +9,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_slowmo import SlowMo, SlowMoStrategy, checkpoint
+from lightning_slowmo.checkpoint import files
 from lightning_slowmo.communication import Workers
 from tests.harness import run_trainers
+from tests.test_checkpoint import flip, to_version_1
 from tests.trainer.models import Regression, data, distance, numbers, trainer
+from tests.trainer.test_checkpoints import fit as fit_alike
+from tests.trainer.test_checkpoints import saving
 
 SYNC_EVERY = 4
 
@@ -24,9 +28,9 @@ class DieWhileSaving(Callback):
 
     def setup(self, trainer, pl_module, stage):
         if trainer.global_rank == 0:
-            checkpoint._write = self.count(checkpoint._write)
+            files.write = self.count(files.write)
             os.replace = self.count(os.replace)
-            checkpoint._remove_folders = self.count(checkpoint._remove_folders)
+            files.remove_folders = self.count(files.remove_folders)
 
     def count(self, function):
         def counted(*args, **kwargs):
@@ -44,9 +48,9 @@ STEPS_OF_A_SAVE = 4
 
 def fit(rank, folder, moment, resume=None):
     module = Regression()
-    saving = ModelCheckpoint(folder, "newest", every_n_train_steps=6, save_top_k=1, enable_version_counter=False)
+    newest = ModelCheckpoint(folder, "newest", every_n_train_steps=6, save_top_k=1, enable_version_counter=False)
     strategy = SlowMoStrategy(SlowMo(sync_every=SYNC_EVERY))
-    fitting = trainer(2, strategy, callbacks=[DieWhileSaving(moment), saving], enable_checkpointing=True)
+    fitting = trainer(2, strategy, callbacks=[DieWhileSaving(moment), newest], enable_checkpointing=True)
     fitting.fit(module, data(rank), ckpt_path=resume)
     return numbers(module)
 
@@ -80,6 +84,43 @@ def test_a_save_that_is_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, s
     assert at == (12 if step == STEPS_OF_A_SAVE else 6)
     assert momentum > 0
     assert end == same
+
+
+# Old and damaged files ------------------------------------------------------------------------------------------------
+
+
+def fit_from(rank, folder, resume=None):
+    """The final model and the warnings; without ``resume`` also a checkpoint, in the middle of a period."""
+    callbacks = [] if resume else [saving(folder, every_n_train_steps=5)]
+    return fit_alike(rank, 2, SlowMo(sync_every=SYNC_EVERY), resume, callbacks, model={"adam": True})[:2]
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_version_1_resumes_bit_exactly(tmp_path):
+    whole = run_trainers(2, fit_from, str(tmp_path))
+    path = tmp_path / "step=5.ckpt"
+    to_version_1(path)
+    assert torch.load(path, weights_only=True)[checkpoint.KEY]["version"] == 1
+    assert run_trainers(2, fit_from, str(tmp_path), str(path)) == whole
+    assert not whole[0][1]
+
+
+@pytest.mark.processes
+def test_a_damaged_main_file_ends_all_workers_and_a_changed_one_is_named(tmp_path):
+    run_trainers(2, fit_from, str(tmp_path))
+    path = tmp_path / "step=5.ckpt"
+    whole = path.read_bytes()
+    weights = torch.load(path, weights_only=True)["state_dict"]["net.0.weight"]
+    flip(path, 8 * whole.index(weights.numpy().tobytes()) + 30)
+    for error in run_trainers(2, fit_from, str(tmp_path), str(path), expect_failure=True):
+        assert error.startswith(f"ValueError: {path} is damaged")
+    path.write_bytes(whole)
+    main = torch.load(path, weights_only=True)
+    main["state_dict"]["net.0.weight"] += 1
+    torch.save(main, path)
+    (first, said), (second, _) = run_trainers(2, fit_from, str(tmp_path), str(path))
+    assert first == second
+    assert f"The weights in {path} were changed" in said[0]
 
 
 # Harm -----------------------------------------------------------------------------------------------------------------
@@ -132,40 +173,18 @@ def test_nothing_is_unpickled_while_training_runs(tmp_path):
     first, second = run_trainers(2, fit_without_unpickling, str(tmp_path))
     assert first == second
     assert distance(first, numbers(Regression(batch_norm=True))) > 1e-3
-    files = [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.ckpt")]
-    assert len(files) == 4
-    for file in files:
+    written = [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.ckpt")]
+    assert len(written) == 4
+    for file in written:
         torch.load(file, weights_only=True)
-
-
-class Harm:
-    """Unpickling this would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_a_malicious_file_beside_a_checkpoint_is_not_run(tmp_path):
-    path, proof = tmp_path / "m.ckpt", tmp_path / "harm"
-    main = {}
-    checkpoint.save(main, path, Workers(), "A", {"x": 1}, {"y": 2}, (), lambda: None)
-    (own,) = (tmp_path / "m.ckpt.slowmo").iterdir()
-    torch.save({"shared": Harm(str(proof))}, own / "shared.pt")
-    restored = checkpoint.load(main, path, Workers(), "A")
-    assert restored.shared is None
-    assert "could not be read by rank 0 (UnpicklingError" in restored.warning
-    assert not proof.exists()
 
 
 @pytest.mark.parametrize("name", ["../0123456789abc", "/etc", "0123456789abc/../..", "", "0123456789abc\n", None, 3])
 def test_a_name_in_a_checkpoint_never_leads_out_of_its_folder(tmp_path, name, monkeypatch):
     path = tmp_path / "m.ckpt"
     main = {}
-    checkpoint.save(main, path, Workers(), "A", {"x": 1}, {"y": 2}, (), lambda: None)
+    checkpoint.save(main, path, Workers(), "A", {"x": 1}, {"y": 2}, (), lambda: torch.save(main, path))
     assert checkpoint.load(main, path, Workers(), "A").warning is None
     main[checkpoint.KEY]["name"] = name
-    monkeypatch.setattr(checkpoint, "_read", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr(files, "read", lambda path, label: pytest.fail(f"read {path}"))
     assert "names an invalid folder" in checkpoint.load(main, path, Workers(), "A").warning

@@ -1,0 +1,309 @@
+"""Faults drawn at random: ``python -m tests.faults.campaign --seed 1 --count 25``, or ``make faults``.
+
+Each scenario draws an algorithm, a number of workers, and a fault with its victim and moment, and runs it through the
+real Trainer on gloo. What must hold, whatever is drawn: every process ends in time; workers that reach the end have
+equal models; those who cannot go on raise an error that names the cause; the newest checkpoint resumes. Whatever does
+not hold is printed as a finding, with the line that draws the same scenario again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_slowmo import BMUF, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SlowMoStrategy
+from lightning_slowmo.algorithms import Algorithm
+from tests.harness import WorkerFailed, run_trainers
+from tests.trainer.models import Regression, all_finite, data, numbers, trainer
+
+BATCHES = 8
+"""Batches of an epoch, each of four examples."""
+
+EPOCHS = 3
+
+LIMIT = 60.0
+"""Seconds after which every process must have ended."""
+
+ALGORITHMS: dict[str, Algorithm | str] = {
+    "local SGD": LocalSGD(4),
+    "local SGD, fragments": LocalSGD(4, overlap=1, fragments=2),
+    "SlowMo": SlowMo(sync_every=4),
+    "SlowMo, overlap": SlowMo(sync_every=4, overlap=2),
+    "SlowMo over SGP": SlowMo(Gossip(), sync_every=8),
+    "BMUF": BMUF(4),
+    "DiLoCo": DiLoCo(4),
+    "DiLoCo, streaming": DiLoCo(4, overlap=1, fragments=2),
+    "AllReduce": AllReduce(),
+    "SGP": Gossip(),
+    "OSGP": Gossip(overlap=1),
+} | {
+    name: name
+    for name in (
+        "dpsgd",
+        "qprsgd",
+        "qprsgd_gossip",
+        "choco_sgd",
+        "squarm_sgd",
+        "apmsqueeze",
+        "sketched_sgd",
+        "sensed_sgd",
+    )
+}
+"""What is trained; those with a period shorter than an epoch, so that faults meet syncs."""
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {"apmsqueeze": {"adam": True}, "sketched_sgd": {}, "sensed_sgd": {}}
+"""The optimizer where it cannot be SGD with momentum, as arguments of the model."""
+
+SHARDED = ("SlowMo", "BMUF", "DiLoCo")
+"""Algorithms that can shard their slow state."""
+
+TWO_LEVELS = ("local SGD", "SlowMo", "BMUF", "DiLoCo", "SGP")
+"""Algorithms that are also tried between nodes of two processes."""
+
+FAULTS = (
+    "kill",
+    "stop and wake",
+    "SIGTERM",
+    "exception",
+    "NaN",
+    "uneven inputs",
+    "damaged checkpoint",
+    "unequal start",
+)
+
+DAMAGES = ("flip", "truncate", "remove")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is drawn.
+
+    Attributes:
+        algorithm: a key of :data:`ALGORITHMS`.
+        size: number of processes.
+        fault: one of :data:`FAULTS`.
+        victim: the rank to which it happens.
+        step: after how many batches of the victim; always after the first epoch, so that there is a checkpoint.
+        per_node: processes of a node, or None for one level.
+        shard: whether slow state is sharded.
+        damage: one of :data:`DAMAGES`.
+        place: which file and which bit, as parts of all.
+    """
+
+    algorithm: str
+    size: int
+    fault: str
+    victim: int
+    step: int
+    per_node: int | None
+    shard: bool
+    damage: str
+    place: tuple[float, float]
+
+    @classmethod
+    def drawn(cls, seed: int, index: int) -> Scenario:
+        """Scenario number ``index`` of a campaign; does not depend on those before."""
+        draw = random.Random(f"{seed}/{index}")
+        algorithm, size, fault = draw.choice(list(ALGORITHMS)), draw.randint(2, 4), draw.choice(FAULTS)
+        # Inside a node DDP needs even inputs, and has failures of its own.
+        nodes = size == 4 and algorithm in TWO_LEVELS and fault != "uneven inputs" and draw.random() < 0.5
+        return cls(
+            algorithm,
+            size,
+            fault,
+            draw.randrange(size),
+            draw.randint(BATCHES + 1, 2 * BATCHES + 4),
+            2 if nodes else None,
+            algorithm in SHARDED and draw.random() < 0.4,
+            draw.choice(DAMAGES),
+            (draw.random(), draw.random()),
+        )
+
+
+class Strike(Callback):
+    """The scenario's fault, if it is one that happens while training runs."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        """Strike the victim after its step."""
+        if trainer.global_rank != self.scenario.victim or trainer.global_step != self.scenario.step:
+            return
+        if self.scenario.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.scenario.fault == "stop and wake":
+            subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.scenario.fault == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self.scenario.fault == "exception":
+            raise ValueError("on purpose")
+        elif self.scenario.fault == "NaN":
+            with torch.no_grad():
+                next(module.parameters()).fill_(float("nan"))
+
+
+def train(rank: int, scenario: Scenario, folder: str, resume: str | None = None) -> tuple[Any, str, str]:
+    """Train on one process.
+
+    Returns:
+        The final model if it came to its end, the exception if not, and all warnings.
+    """
+    logging.disable(logging.WARNING)  # what Lightning says at each start
+    uneven = scenario.fault == "uneven inputs" and rank == scenario.victim
+    batches = 2 * BATCHES + 3 if uneven else BATCHES
+    optimizer = OPTIMIZERS.get(scenario.algorithm, {"momentum": 0.5})
+    module = Regression(lr=0.02, seed=1 + rank * (scenario.fault == "unequal start"), **optimizer)
+    callbacks: list[Callback] = [ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)]
+    if resume is None:
+        callbacks.append(Strike(scenario))
+    strategy = SlowMoStrategy(
+        ALGORITHMS[scenario.algorithm], workers_per_node=scenario.per_node, shard_slow_state=scenario.shard
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer(
+                scenario.size,
+                strategy,
+                callbacks=callbacks,
+                enable_checkpointing=True,
+                max_epochs=EPOCHS + bool(resume),
+            ).fit(module, data(rank, 4 * batches), ckpt_path=resume)
+        except BaseException as error:  # SIGTERMException is a SystemExit
+            return None, f"{type(error).__name__}: {error}", ""
+    return numbers(module), "", " ".join(str(warning.message) for warning in caught)
+
+
+# What must hold -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: with a model, with an exception, or killed; and what it warned of."""
+
+    model: Any
+    error: str = ""
+    warnings: str = ""
+
+
+def played(run: Callable[..., list], scenario: Scenario, *arguments: Any) -> list[Outcome]:
+    """The outcomes of one run by rank; a process that died has its exit code as error."""
+    ended = run(scenario.size, train, scenario, *arguments, limit=LIMIT, expect_failure=True)
+    return [Outcome(None, outcome) if isinstance(outcome, str) else Outcome(*outcome) for outcome in ended]
+
+
+def all_ended_equal(outcomes: list[Outcome]) -> list[str]:
+    """Complaints unless all came to the end of training with the same finite model."""
+    failed = [f"rank {rank} ended with {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+    if failed:
+        return failed
+    if any(outcome.model != outcomes[0].model for outcome in outcomes):
+        return ["the final models differ"]
+    return [] if all_finite(outcomes[0].model) else ["the final model is not finite"]
+
+
+def all_ended_with(outcomes: dict[int, Outcome], error: str, *causes: str) -> list[str]:
+    """Complaints unless these ranks ended with this type of error, and one of the causes in its text."""
+    return [
+        f"rank {rank} ended with {outcome.error or 'no error'}"
+        for rank, outcome in outcomes.items()
+        if not (outcome.error.startswith(error) and any(cause in outcome.error for cause in causes))
+    ]
+
+
+def promise(scenario: Scenario, outcomes: list[Outcome]) -> list[str]:
+    """What of the promise was not kept in the first run."""
+    victim, everybody = f"rank {scenario.victim}", dict(enumerate(outcomes))
+    others = {rank: outcome for rank, outcome in everybody.items() if rank != scenario.victim}
+    if scenario.fault == "kill":
+        host = ["The process that held the rendezvous (usually rank 0) is gone"] if scenario.victim == 0 else []
+        return all_ended_with(others, "SyncError", f"lost its connection: {victim}", *host)
+    if scenario.fault == "exception":
+        return all_ended_with(others, "SyncError", f"{victim} failed: ValueError: on purpose")
+    if scenario.fault == "NaN":
+        named = re.compile(rf"The parameters of .*\b{victim}\b.* are NaN or infinite")
+        unnamed = [rank for rank, outcome in everybody.items() if not named.search(outcome.error)]
+        return all_ended_with(everybody, "SyncError", "") + [f"{victim} is not named to rank {r}" for r in unnamed]
+    if scenario.fault == "SIGTERM":
+        return all_ended_with(everybody, "SIGTERMException", "")
+    return all_ended_equal(outcomes)
+
+
+def damage(scenario: Scenario, path: Path) -> str:
+    """Damage one file beside a checkpoint; returns its name."""
+    files = sorted(Path(f"{path}.slowmo").glob("*/*"))
+    file = files[int(scenario.place[0] * len(files))]
+    raw = bytearray(file.read_bytes())
+    if scenario.damage == "remove":
+        file.unlink()
+    elif scenario.damage == "truncate":
+        file.write_bytes(raw[: int(scenario.place[1] * len(raw))])
+    else:
+        bit = int(scenario.place[1] * 8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(raw)
+    return file.name
+
+
+def play(scenario: Scenario, run: Callable[..., list] = run_trainers) -> list[str]:
+    """Run a scenario, then go on from its newest checkpoint; returns what did not hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = promise(scenario, played(run, scenario, folder))
+            saved = sorted(Path(folder).glob("epoch=*.ckpt"))
+            if not saved:
+                return [*found, "no checkpoint was left"]
+            damaged = damage(scenario, saved[-1]) if scenario.fault == "damaged checkpoint" else ""
+            resumed = played(run, scenario, folder, str(saved[-1]))
+        except WorkerFailed as hang:
+            return [f"did not end within {LIMIT:.0f} s: {hang}"]
+    found += [f"after resuming: {text}" for text in all_ended_equal(resumed)]
+    said = resumed[0].warnings
+    if damaged and damaged not in said:
+        found.append(f"nobody said that {damaged} is damaged")
+    if not damaged and ("starts anew" in said or "could not be read" in said):
+        found.append(f"the newest checkpoint is not whole: {said}")
+    return found
+
+
+def main() -> int:
+    """Play scenarios and print what was found; 1 if anything was."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=25)
+    parser.add_argument("--only", type=int, help="play this scenario alone")
+    given = parser.parse_args()
+    findings = 0
+    for index in range(given.count) if given.only is None else [given.only]:
+        scenario, start = Scenario.drawn(given.seed, index), time.monotonic()
+        found = play(scenario)
+        findings += bool(found)
+        print(f"{index:4d} {'FOUND' if found else 'ok':5s} {time.monotonic() - start:5.1f} s {scenario}", flush=True)
+        for text in found:
+            print(f"     {text}")
+        if found:
+            print(f"     again: python -m tests.faults.campaign --seed {given.seed} --only {index}", flush=True)
+    print(f"{findings} findings")
+    return int(findings > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
