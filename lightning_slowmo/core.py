@@ -1,0 +1,285 @@
+"""What every strategy needs, whether a Trainer, Fabric or a plain script drives it: groups, engine, consensus, saves.
+
+A strategy owns one :class:`StrategyCore` and calls it in this order::
+
+    core = StrategyCore(SlowMo(sync_every=12))                 # checks the options; starts nothing
+    core.make_groups(node_rank, local_rank, device)            # once torch.distributed is initialized
+    core.start_equal(model)                                    # before the optimizers are made, or right after
+    core.make_engine(optimizers, model)
+    core.training = True
+    ...                                                        # core.engine.after_step(), core.meet(), core.consensus()
+    core.save(checkpoint, path, write_main)
+    core.engine.finish()                                       # every worker gets the consensus
+    core.training = False
+
+Nothing here assumes DistributedDataParallel, Lightning, or that ``model`` is a LightningModule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_slowmo import checkpoint as checkpoints
+from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.checkpoint import Restored
+from lightning_slowmo.communication import Reason, Workers, require_equal
+from lightning_slowmo.communication.collectives import broadcast_tensors
+from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.engine import Engine, check_on_nonfinite
+from lightning_slowmo.presets import PRESETS, preset
+
+
+class StrategyCore:
+    """Options, process groups, engine and checkpoints of a strategy.
+
+    Args:
+        algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
+        sync_timeout: how long a worker waits for the others at a sync.
+        on_nonfinite: ``"raise"`` or ``"skip"``, see :class:`~lightning_slowmo.engine.Engine`.
+        workers_per_node: processes of a machine (or ``"all"``) that make up one worker; None: every process is one.
+        shard_slow_state: whether each worker keeps only its share of anchor and slow momentum.
+        offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
+
+    Attributes:
+        everyone: all processes; alone until :meth:`make_groups`.
+        workers: the processes between which the algorithm runs, this one among them; with ``workers_per_node``, the
+            processes at the same place of every node.
+        node: the processes that share every gradient with this one, or None without ``workers_per_node``.
+        engine: None until :meth:`make_engine`.
+        training: whether the workers train at present, so that every collective must begin with a meeting. The strategy
+            sets it when training starts and ends.
+
+    Raises:
+        ValueError: if an option is invalid; an unknown algorithm's message lists the known ones.
+    """
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "slowmo",
+        sync_timeout: timedelta = DEFAULT_TIMEOUT,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        workers_per_node: PerNode | None = None,
+        shard_slow_state: bool = False,
+        offload_slow_state: Literal["cpu"] | None = None,
+    ) -> None:
+        if not isinstance(algorithm, (str, Algorithm)):
+            raise ValueError(
+                f"algorithm must be the name of a preset ({', '.join(PRESETS)}) or a configuration such as SlowMo(), "
+                f"got {algorithm!r}."
+            )
+        self.algorithm = preset(algorithm) if isinstance(algorithm, str) else algorithm
+        self.sync_timeout = sync_timeout
+        self.on_nonfinite = on_nonfinite
+        self.workers_per_node = workers_per_node
+        self.shard_slow_state = shard_slow_state
+        self.offload_slow_state = offload_slow_state
+        check_on_nonfinite(on_nonfinite)
+        check_per_node(workers_per_node)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Reset to the state before :meth:`make_groups`, which can be pickled."""
+        self.everyone = self.workers = Workers()
+        self.node: Any = None
+        self.engine: Engine | None = None
+        self.training = False
+        self._world: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options alone: process groups and buffers cannot be pickled."""
+        return {key: value for key, value in vars(self).items() if key not in _CONNECTED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the options, unconnected."""
+        vars(self).update(state)
+        self._disconnect()
+
+    # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def make_groups(self, node_rank: int, local_rank: int, device: torch.device) -> None:
+        """Make this strategy's process groups; every process must call this, after ``init_process_group``.
+
+        Called again with the same default process group, it keeps the groups that there are.
+
+        Args:
+            node_rank: number of this process's machine.
+            local_rank: number of this process on its machine.
+            device: where the parameters are; decides the backend.
+
+        Raises:
+            ValueError: if ``workers_per_node`` does not divide the processes of a machine.
+        """
+        if self._world is dist.group.WORLD:
+            return
+        self._world = dist.group.WORLD
+        self.everyone = self.workers = Workers.from_world(self.sync_timeout, device)
+        if self.workers_per_node is not None:
+            self.node, self.workers = two_levels(
+                self.everyone, self.workers_per_node, node_rank, local_rank, self.sync_timeout, device
+            )
+
+    @property
+    def node_group(self) -> dist.ProcessGroup | None:
+        """Process group of the processes that share every gradient with this one; None without ``workers_per_node``."""
+        return self.node
+
+    def start_equal(self, model: Module) -> None:
+        """Overwrite the parameters and buffers of all processes with those of rank 0.
+
+        Raises:
+            SyncError: on every process, if their names, dtypes or shapes differ.
+        """
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        require_equal(
+            self.everyone,
+            "The model",
+            "; ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()),
+            "Build the same model on every rank.",
+        )
+        with torch.no_grad():
+            broadcast_tensors(list(tensors.values()), self.everyone)
+
+    def make_engine(self, optimizers: Sequence[Optimizer], module: Module) -> Engine:
+        """Make the engine, with new slow state; every process must call this.
+
+        Args:
+            optimizers: whose parameters are synced.
+            module: the model, for buffers and parameters that no optimizer trains.
+
+        Raises:
+            ValueError, SyncError: see :class:`~lightning_slowmo.engine.Engine`.
+        """
+        self.engine = Engine(
+            self.algorithm,
+            optimizers,
+            self.workers,
+            module=module,
+            everyone=None if self.node is None else self.everyone,
+            on_nonfinite=self.on_nonfinite,
+            shard_slow_state=self.shard_slow_state,
+            offload_slow_state=self.offload_slow_state,
+        )
+        return self.engine
+
+    @property
+    def running(self) -> Engine:
+        """The engine.
+
+        Raises:
+            RuntimeError: if there is none yet.
+        """
+        if self.engine is None:
+            raise RuntimeError("There is no engine before the model and its optimizers are set up.")
+        return self.engine
+
+    @property
+    def exchanges_gradients(self) -> bool:
+        """Whether every optimizer's gradients are averaged at every step, so that the workers never differ."""
+        return self.engine is not None and all(unit.exchanges_gradients for unit in self.engine.units)
+
+    @property
+    def report(self) -> SyncReport:
+        """Totals over all syncs so far, on this worker."""
+        return self.engine.total if self.engine is not None else SyncReport(count=0)
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def must_meet(self) -> bool:
+        """Whether the workers may be at different places, so that a collective must begin with a meeting.
+
+        They are at the same place outside training, and while all of them hold the consensus.
+        """
+        return self.training and self.engine is not None and not self.engine.in_consensus
+
+    def meet(self, reason: Reason) -> None:
+        """Meet, if need be, before a collective that is not the engine's own: workers that still train come to it.
+
+        Args:
+            reason: which collective follows.
+        """
+        if self.must_meet:
+            self.running.meet(reason)
+
+    @contextmanager
+    def consensus(self, reason: Reason = Reason.VALIDATION) -> Iterator[None]:
+        """Let the model hold the consensus in this context; outside training it does already.
+
+        All workers must enter it; afterwards each has its own parameters and buffers back, bit for bit.
+        """
+        if not self.training:
+            yield
+            return
+        with self.running.consensus(reason):
+            yield
+
+    def report_failure(self, exception: BaseException) -> None:
+        """Leave a message for the workers that will wait for this one, and communicate no more."""
+        self.training = False
+        for workers in {id(workers): workers for workers in (self.everyone, self.workers)}.values():
+            workers.report_failure(f"{type(exception).__name__}: {exception}")
+        self.everyone.let_others_hear()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike,
+        write_main: Callable[[], None],
+        per_rank: Sequence[str] = (),
+    ) -> None:
+        """Write a checkpoint with which training can go on exactly; every process must call this.
+
+        Args:
+            checkpoint: content of the main file, with the consensus weights; a note of the per-rank files is added.
+            path: of the main file; the per-rank files lie beside it.
+            write_main: writes ``checkpoint`` to ``path``, on the rank that does.
+            per_rank: entries of ``checkpoint`` of which every rank keeps its own, such as a gradient scaler's; the
+                Trainer's optimizers, schedulers and loops are among them always.
+        """
+        checkpoints.save(
+            checkpoint,
+            path,
+            self.everyone,
+            self.algorithm.kind,
+            self.running.shared_state(),
+            self.running.local_state(),
+            tuple(per_rank),
+            write_main,
+        )
+
+    def load(self, checkpoint: Mapping[str, Any], path: str | os.PathLike) -> Restored:
+        """Read what :meth:`save` wrote beside a main file; every process must call this.
+
+        The engine need not exist yet: what is returned goes to :meth:`restore` when it does.
+
+        Args:
+            checkpoint: the main file's content.
+            path: of the main file.
+        """
+        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind)
+
+    def restore(self, restored: Restored) -> None:
+        """Give the engine the state that :meth:`load` read, as far as it could be read.
+
+        Call it when the optimizers have their state: some algorithms keep buffers of their own there.
+        """
+        if restored.shared is not None:
+            self.running.load_shared_state(restored.shared)
+        if restored.local is not None:
+            self.running.load_local_state(restored.local)
+
+
+_CONNECTED = ("everyone", "workers", "node", "engine", "training", "_world")
+"""Attributes of a core that exist in one process only, while it is connected to others."""
