@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.checkpoint import Restored
-from lightning_slowmo.communication import Reason, Workers, require_equal
+from lightning_slowmo.communication import Header, Reason, Workers, meet, require_equal
 from lightning_slowmo.communication.collectives import broadcast_tensors
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
@@ -194,34 +194,64 @@ class StrategyCore:
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def must_meet(self) -> bool:
-        """Whether the workers may be at different places, so that a collective must begin with a meeting.
-
-        They are at the same place outside training, and while all of them hold the consensus.
-        """
-        return self.training and self.engine is not None and not self.engine.in_consensus
-
     def meet(self, reason: Reason) -> None:
-        """Meet, if need be, before a collective that is not the engine's own: workers that still train come to it.
+        """Meet before a collective that is not the engine's own, so that workers that still train can come to it.
+
+        Nothing happens outside training. While the model holds the consensus, all workers must be at the same place, so
+        the meeting only checks that they are: one that came alone would wait for ever otherwise.
 
         Args:
             reason: which collective follows.
+
+        Raises:
+            SyncError: on every worker, if they came for different reasons.
         """
-        if self.must_meet:
+        if not self.training:
+            return
+        if self.running.in_consensus:
+            engine = self.running
+            meet(Header(reason, round=engine.rounds, pending=(0,) * len(engine.units)), self.everyone)
+        else:
             self.running.meet(reason)
 
+    def enter_consensus(self, reason: Reason) -> None:
+        """Put this worker's parameters and buffers aside and load the consensus; all workers must call this.
+
+        Args:
+            reason: what it is needed for.
+        """
+        self.running.enter_consensus(reason)
+
+    def leave_consensus(self, reason: Reason) -> None:
+        """Give this worker its own parameters and buffers back, bit for bit; all workers must call this.
+
+        Args:
+            reason: as for :meth:`enter_consensus`.
+
+        Raises:
+            SyncError: on every worker, if one of them is still busy with something else inside the consensus.
+        """
+        if self.running.in_consensus:
+            self.meet(reason)
+            self.running.leave_consensus()
+
     @contextmanager
-    def consensus(self, reason: Reason = Reason.VALIDATION) -> Iterator[None]:
+    def consensus(self, reason: Reason = Reason.CONSENSUS) -> Iterator[None]:
         """Let the model hold the consensus in this context; outside training it does already.
 
         All workers must enter it; afterwards each has its own parameters and buffers back, bit for bit.
         """
-        if not self.training:
+        if not self.training or self.running.in_consensus:
+            self.meet(reason)
             yield
             return
-        with self.running.consensus(reason):
+        self.enter_consensus(reason)
+        try:
             yield
+        except BaseException:
+            self.running.leave_consensus()  # the others may never come
+            raise
+        self.leave_consensus(reason)
 
     def report_failure(self, exception: BaseException) -> None:
         """Leave a message for the workers that will wait for this one, and communicate no more."""

@@ -28,6 +28,8 @@ class Fit:
     Attributes:
         stepping: whether an optimizer is being stepped through the strategy.
         accumulating: whether the present batch's gradients are kept for a later step.
+        entering: whether this worker waits for the others to enter the consensus, at a user's or a callback's request.
+        in_step: whether all workers began the present epoch after the same number of steps.
         restored: what was read from the checkpoint that this fit resumes, until the engine takes it.
         signals: the Trainer's signals, taken over from set-up to teardown.
         reductions: counts the steps that reduced a metric.
@@ -36,6 +38,8 @@ class Fit:
 
     stepping: bool = False
     accumulating: bool = False
+    entering: bool = False
+    in_step: bool = False
     restored: Restored = field(default_factory=Restored)
     signals: Signals | None = None
     reductions: MetricReductions = field(default_factory=MetricReductions)
@@ -79,6 +83,6 @@ class StrategyPart(DDPStrategy):
 
     def _meet(self, reason: Reason) -> None:
         """Meet before a collective of Lightning's own, so that a worker that is still training can come to it."""
-        if self.core.must_meet and not self._failed:
+        if self.core.training and not self._failed:
             with self._flags():
                 self.core.meet(reason)

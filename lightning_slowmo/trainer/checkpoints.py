@@ -12,18 +12,18 @@ from torch import Tensor
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Reason
-from lightning_slowmo.trainer.base import StrategyPart
+from lightning_slowmo.trainer.consensus import ConsensusMixin
 
 
-class CheckpointsMixin(StrategyPart):
+class CheckpointsMixin(ConsensusMixin):
     """Saving, loading and removing checkpoints."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights to save: the consensus."""
-        if not self.core.training or self._failed:
-            return super().lightning_module_state_dict()
-        with self._flags(), self.core.consensus(Reason.SAVE):
+        with self._consensus(Reason.SAVE):
             state = super().lightning_module_state_dict()
+            if not self.core.training or self._failed:
+                return state
             # Copied, since the worker's own parameters come back into these tensors, while a writer in the background
             # may not have finished.
             return {key: _cloned(value) for key, value in state.items()} if self.is_global_zero else state

@@ -29,7 +29,6 @@ from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
-from lightning_slowmo.trainer.consensus import ConsensusMixin
 from lightning_slowmo.trainer.optimizers import refuse_steps
 from lightning_slowmo.trainer.signals import Signals
 from lightning_slowmo.trainer.warnings import warn_of_callbacks
@@ -40,7 +39,7 @@ def _of_core(name: str) -> Any:
     return property(attrgetter(f"core.{name}"), doc=f"See :class:`~lightning_slowmo.core.StrategyCore`, ``{name}``.")
 
 
-class SlowMoMixin(CollectivesMixin, CheckpointsMixin, ConsensusMixin):
+class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
     """The part of :class:`~lightning_slowmo.SlowMoStrategy` that does not depend on which Lightning it serves.
 
     Args:
@@ -207,6 +206,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, ConsensusMixin):
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0:
             self._meet(Reason.EPOCH_START)
+            self._compare_steps()
         engine = self.core.running
         if engine.must_save:
             with self._flags():
@@ -255,7 +255,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, ConsensusMixin):
         return output
 
     def _on_sync(self, agreed: bool) -> None:
-        """Tell the callbacks that wait for syncs."""
+        """Tell the callbacks that wait for syncs, and notice if this worker is left alone with what it wants."""
+        self._check_entering()
         self._fit.reductions.synced()
         for callback in self._trainer.callbacks:
             if agreed and isinstance(callback, AtSyncMixin):
