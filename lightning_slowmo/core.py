@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -37,6 +38,7 @@ from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, tw
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.engine import Engine, check_on_nonfinite
 from lightning_slowmo.presets import PRESETS, preset
+from lightning_slowmo.replace import carry_over
 
 
 class StrategyCore:
@@ -133,11 +135,15 @@ class StrategyCore:
         """Process group of the processes that share every gradient with this one; None without ``workers_per_node``."""
         return self.node
 
-    def start_equal(self, model: Module) -> None:
-        """Overwrite the parameters and buffers of all processes with those of rank 0.
+    def start_equal(self, model: Module, only: Sequence[Tensor] | None = None) -> None:
+        """Overwrite the parameters and buffers of all processes with those of rank 0; every process must call this.
+
+        Args:
+            model: whose names, dtypes and shapes must be equal on all processes.
+            only: the tensors to overwrite, if not all of the model's.
 
         Raises:
-            SyncError: on every process, if their names, dtypes or shapes differ.
+            SyncError: on every process, if names, dtypes or shapes differ.
         """
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         require_equal(
@@ -147,7 +153,7 @@ class StrategyCore:
             "Build the same model on every rank.",
         )
         with torch.no_grad():
-            broadcast_tensors(list(tensors.values()), self.everyone)
+            broadcast_tensors(list(tensors.values()) if only is None else list(only), self.everyone)
 
     def make_engine(self, optimizers: Sequence[Optimizer], module: Module) -> Engine:
         """Make the engine, with new slow state; every process must call this.
@@ -170,6 +176,38 @@ class StrategyCore:
             offload_slow_state=self.offload_slow_state,
         )
         return self.engine
+
+    def replace_optimizers(self, optimizers: Sequence[Optimizer], model: Module) -> Engine:
+        """Go on with other optimizers in the middle of training; every process must call this.
+
+        Parameters that no optimizer has held until now start from rank 0's values, without momentum; all others start
+        from the consensus, with the slow state that they have. A new period begins.
+
+        Args:
+            optimizers: to go on with; parameters may be new, gone, or held by another optimizer than before.
+            model: the model with its present parameters.
+
+        Raises:
+            SyncError: if not all processes do this, or their models or optimizers differ.
+            ValueError: if the slow state does not fit the new optimizers.
+        """
+        if self.shard_slow_state:
+            raise ValueError(
+                "The optimizers were replaced during training, which does not go with shard_slow_state=True. Leave it "
+                "out, or call trainer.fit once for each set of optimizers."
+            )
+        old = self.running
+        held = {id(parameter) for unit in old.units for parameter in unit.layout.parameters}
+        present = [
+            parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        old.leave_consensus()
+        old.meet(Reason.TRAIN_END)
+        self.start_equal(model, [parameter for parameter in present if id(parameter) not in held])
+        old.finish()
+        new = self.make_engine(optimizers, model)
+        carry_over(old, new)
+        return new
 
     @property
     def running(self) -> Engine:

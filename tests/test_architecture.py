@@ -23,6 +23,7 @@ FLOORS = {
     "plan": 4,
     "traffic": 4,
     "presets": 4,
+    "replace": 4,
     "checkpoint": 4,
     "core": 4,
     "callbacks": 5,

@@ -29,7 +29,7 @@ class Fit:
         stepping: whether an optimizer is being stepped through the strategy.
         accumulating: whether the present batch's gradients are kept for a later step.
         entering: whether this worker waits for the others to enter the consensus, at a user's or a callback's request.
-        in_step: whether all workers began the present epoch after the same number of steps.
+        in_step: whether all workers had taken the same number of steps at every meeting so far.
         restored: what was read from the checkpoint that this fit resumes, until the engine takes it.
         signals: the Trainer's signals, taken over from set-up to teardown.
         reductions: counts the steps that reduced a metric.
@@ -51,10 +51,12 @@ class StrategyPart(DDPStrategy):
 
     Attributes:
         core: options, process groups, engine and checkpoints.
+        ddp_kwargs: arguments for DistributedDataParallel inside nodes.
         package: the Lightning that a subclass serves: ``lightning.pytorch`` or ``pytorch_lightning``.
     """
 
     core: StrategyCore
+    ddp_kwargs: dict[str, Any]
     package: ClassVar[ModuleType]
     _fit: Fit
 

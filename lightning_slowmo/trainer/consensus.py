@@ -61,15 +61,15 @@ class ConsensusMixin(StrategyPart):
             self.core.leave_consensus(Reason.VALIDATION)
 
     def _compare_steps(self) -> None:
-        """See whether all workers begin the epoch after the same number of steps."""
-        everyone, steps = self.core.everyone, self._trainer.global_step
-        counts = everyone.gather([steps], "comparing steps at the start of an epoch")
-        self._fit.in_step = all(row == counts[0] for row in counts)
+        """See, from the last meeting's headers, whether all workers have still taken the same number of steps."""
+        meeting = self.core.running.last_meeting
+        if meeting is not None:
+            self._fit.in_step &= len({(header.reason, header.pending) for header in meeting.headers}) == 1
 
     def _check_entering(self) -> None:
         """Raise if this worker wants the consensus while the others go on to their next sync, and will not come.
 
-        Workers that began the epoch after equally many steps reach a line of code in the middle of it after equally
+        Workers that have taken equally many steps so far reach a line of code in the middle of an epoch after equally
         many, too: before a sync all of them, or none.
         """
         if (

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_slowmo import private
@@ -29,7 +28,7 @@ from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
-from lightning_slowmo.trainer.optimizers import refuse_steps
+from lightning_slowmo.trainer.optimizers import OptimizersMixin
 from lightning_slowmo.trainer.signals import Signals
 from lightning_slowmo.trainer.warnings import warn_of_callbacks
 
@@ -39,7 +38,7 @@ def _of_core(name: str) -> Any:
     return property(attrgetter(f"core.{name}"), doc=f"See :class:`~lightning_slowmo.core.StrategyCore`, ``{name}``.")
 
 
-class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
+class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
     """The part of :class:`~lightning_slowmo.SlowMoStrategy` that does not depend on which Lightning it serves.
 
     Args:
@@ -173,10 +172,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
         """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""
         assert self.model is not None
         self.core.start_equal(self.model)
-        node = self.core.node_group
-        if node is not None:
-            devices = self.determine_ddp_device_ids()
-            self.model = DistributedDataParallel(self.model, device_ids=devices, process_group=node, **self.ddp_kwargs)
+        self._wrap_in_node()
 
     def setup(self, trainer: Any) -> None:
         """Set up model and optimizers as DDP does, then the engine."""
@@ -190,7 +186,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
         assert self.lightning_module is not None
         self.core.make_engine(self.optimizers, self.lightning_module).on_sync = self._on_sync
         warn_of_callbacks(trainer, self.package)
-        self._fit.undo.append(refuse_steps(self.optimizers, lambda: self._fit.stepping or not self.core.training))
+        self._watch_optimizers()
         self._fit.signals = Signals(trainer, self.core, self.launcher)
         self._fit.undo.append(self._fit.signals.give_back)
 
@@ -200,6 +196,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
         """From here on every communication begins with a meeting."""
         super().on_train_start()
         self.core.training = True
+        self._fit.in_step = self._trainer.global_step == 0  # not known of a checkpoint
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin an epoch together, and write checkpoints that were asked for by a signal."""
@@ -236,7 +233,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step, then sync if it is time."""
         engine = self.core.running
-        index = next(i for i, own in enumerate(self.optimizers) if own is optimizer)
+        index = self._index_of(optimizer)
         engine.before_step(index)
         self._fit.stepping = True
         try:
@@ -257,6 +254,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin):
     def _on_sync(self, agreed: bool) -> None:
         """Tell the callbacks that wait for syncs, and notice if this worker is left alone with what it wants."""
         self._check_entering()
+        self._compare_steps()
         self._fit.reductions.synced()
         for callback in self._trainer.callbacks:
             if agreed and isinstance(callback, AtSyncMixin):
