@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_slowmo import private
 from lightning_slowmo.averaging import average_tensors
 from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.core import StrategyCore
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -37,12 +39,11 @@ class AtSyncMixin(EMAWeightAveraging):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start from rank 0's average: this callback copied the model before the workers were given the same one."""
         super().on_fit_start(trainer, pl_module)
-        engine = getattr(trainer.strategy, "engine", None)
-        self._at_syncs = engine is not None and not engine.exchanges_gradients
-        if engine is not None:
-            assert self._average_model is not None
+        core = getattr(trainer.strategy, "core", None)
+        self._at_syncs = isinstance(core, StrategyCore) and not core.exchanges_gradients
+        if isinstance(core, StrategyCore):
             with torch.no_grad():
-                broadcast_tensors(list(self._average_model.state_dict().values()), engine.everyone)
+                broadcast_tensors(list(private.averaged_model(self).state_dict().values()), core.everyone)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Not when Lightning asks, if there are syncs to wait for."""
@@ -51,20 +52,20 @@ class AtSyncMixin(EMAWeightAveraging):
     def on_sync(self, trainer: Any, pl_module: Any) -> None:
         """Take the workers' common weights into the average, and the mean of their buffers.
 
-        The strategy calls this within a sync, on all workers, also those that have finished their epoch; but not in a
-        round of gossip, nor while another optimizer's parameters are in the middle of a period.
+        The strategy calls this at the end of a sync, on all workers, including those that have finished their epoch. It
+        does not after a round of gossip, nor while another optimizer's parameters are in the middle of a period: the
+        workers' weights differ then.
         """
-        engine = trainer.strategy.engine
-        if super().should_update(engine.rounds - 1):
-            assert self._average_model is not None
-            self._average_model.update_parameters(pl_module)
+        core = trainer.strategy.core
+        if super().should_update(core.running.rounds - 1):
+            average = private.averaged_model(self)
+            average.update_parameters(pl_module)
             with torch.no_grad():
-                average_tensors(list(self._average_model.module.buffers()), engine.everyone)
+                average_tensors(list(average.module.buffers()), core.everyone)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End with the average, if there is one."""
-        assert self._average_model is not None
-        if self._average_model.n_averaged:
+        if private.averaged_model(self).n_averaged:
             super().on_train_end(trainer, pl_module)
         else:
             rank_zero_warn(

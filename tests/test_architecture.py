@@ -14,19 +14,26 @@ LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_li
 
 FLOORS = {
     "parameters": 1,
+    "storage": 1,
+    "arithmetic": 1,
     "pieces": 1,
+    "private": 1,
     "topology": 1,
     "compression": 1,
     "communication": 2,
     "traffic": 2,
     "algorithms": 3,
+    "averaging": 2,
     "engine": 4,
+    "consensus": 4,
+    "consistency": 4,
     "plan": 4,
     "presets": 4,
-    "checkpoint": 5,
+    "replace": 4,
+    "checkpoint": 4,
+    "core": 4,
     "callbacks": 5,
-    "signals": 5,
-    "trainer_strategy": 5,
+    "trainer": 5,
     "strategy": 5,
     "pl": 5,
     "__init__": 6,
@@ -96,3 +103,106 @@ def test_an_arrow_that_points_up_would_be_seen():
     assert rooms_of(imports(source)) == {"engine"}
     assert "lightning.pytorch" in imports(source)
     assert rooms_of(imports("from lightning_slowmo import presets")) == {"presets"}
+
+
+# Private members ------------------------------------------------------------------------------------------------------
+
+
+def is_private(name: object) -> bool:
+    """Whether a name begins with exactly one underscore."""
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def foreign_private(source: str) -> set[str]:
+    """Private members that a source takes from other objects than its own ``self``, ``cls`` or ``super()``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if ast.unparse(node.value) not in ("self", "cls", "super()"):
+                found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names if is_private(alias.name)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            found |= {c.value for c in node.args[1:2] if isinstance(c, ast.Constant) and is_private(c.value)}
+    return found
+
+
+def own_private(source: str) -> tuple[set[str], set[str]]:
+    """Private members that a source takes from ``self``, ``cls`` or ``super()``, and those that its classes define."""
+    taken, defined = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if ast.unparse(node.value) in ("self", "cls", "super()"):
+                (taken if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef):
+                    defined.add(item.name)
+                elif isinstance(item, (ast.Assign, ast.AnnAssign)):
+                    targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+                    defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return taken, defined
+
+
+STILL_FOREIGN = {
+    "algorithms/base.py": {"_foreach_norm"},
+    "algorithms/sketched.py": {"_version"},
+    "communication/compressed.py": {"_count"},
+    "communication/exchange.py": {"_absence", "_count"},
+    "communication/workers.py": {"_get_default_store"},
+    "parameters.py": {"_foreach_copy_"},
+}
+"""Files that do not use ``private.py`` yet; an entry goes as soon as its file does."""
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) != "private"], ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_private_members_of_others_are_used_in_one_file_alone(file: Path):
+    assert foreign_private(file.read_text()) == STILL_FOREIGN.get(str(file.relative_to(PACKAGE)), set())
+
+
+def test_private_members_of_self_are_those_of_this_package():
+    taken, defined = zip(*(own_private(file.read_text()) for file in FILES), strict=True)
+    assert set().union(*taken) <= set().union(*defined)
+
+
+def test_the_use_of_a_private_member_would_be_seen():
+    source = "from torch import _C\nx._y = z.w._v()\nhasattr(x, '_u')\nself._a.b + self.c._d\nlambda _: x.__class__"
+    assert foreign_private(source) == {"_C", "_y", "_v", "_u", "_d"}
+    own = "class A(B):\n    _c: int\n    def _d(self):\n        self._e = self._f + super()._g()"
+    assert own_private(own) == ({"_f", "_g"}, {"_c", "_d", "_e"})
+
+
+def test_private_members_are_documented_with_their_version_and_replacement():
+    functions = [
+        node for node in ast.parse((PACKAGE / "private.py").read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    assert functions
+    for function in functions:
+        text = " ".join((ast.get_docstring(function) or "").split())
+        assert re.search(r"Tested with (torch|Lightning) \d+\.\d+", text), function.name
+        assert "Public replacement: " in text, function.name
+
+
+def test_private_py_imports_neither_lightning_nor_processes_when_it_is_loaded():
+    tree = ast.parse((PACKAGE / "private.py").read_text())
+    top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert {name.split(".")[0] for name in imports(top)} <= {"__future__", "collections", "typing", "torch"}
+    assert not {name for name in imports(top) if name.startswith("torch.distributed")}
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+LIGHTNING_SIDE = [file for file in FILES if FLOORS[room(file)] == 5 or room(file) in ("core", "private")]
+
+
+@pytest.mark.parametrize("file", LIGHTNING_SIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_class_has_more_than_twenty_public_methods(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef):
+            public = [f.name for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
+            assert len(public) <= 20, node.name
+
+
+@pytest.mark.parametrize("file", LIGHTNING_SIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_has_more_than_400_lines(file: Path):
+    assert len(file.read_text().splitlines()) <= 400

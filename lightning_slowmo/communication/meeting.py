@@ -51,11 +51,19 @@ class Reason(IntEnum):
     BROADCAST = 9
     GATHER = 10
     PAUSE = 11
+    CONSENSUS = 12
 
     @property
     def is_round(self) -> bool:
         """Whether parameters or gradients are exchanged in the course of the meeting."""
         return self in (Reason.SYNC, Reason.GRADIENTS)
+
+
+ONE_RANK_ALONE = (
+    " Call trainer.save_checkpoint() and enter trainer.strategy.consensus() on all ranks. To write on rank 0 alone: "
+    "`with trainer.strategy.consensus(): if trainer.is_global_zero: torch.save(model.state_dict(), path)`."
+)
+"""What to do instead of saving or exporting on one rank alone."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,10 @@ class Meeting:
         reasons = [header.reason for header in self.headers]
         if self.wanted is None and len(set(reasons) - {Reason.PAUSE}) > 1:
             came = _each(workers, [reason.name.lower().replace("_", " ") for reason in reasons])
-            raise SyncError(f"The workers came together for different reasons: {came}. Do they run the same script?")
+            advice = ONE_RANK_ALONE if {Reason.SAVE, Reason.CONSENSUS} & set(reasons) else ""
+            raise SyncError(
+                f"The workers came together for different reasons: {came}. Do they run the same script?{advice}"
+            )
 
 
 def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None) -> Meeting:

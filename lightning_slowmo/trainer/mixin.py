@@ -1,0 +1,289 @@
+"""The life of a fit: when the core is set up, when it syncs, and how it ends.
+
+:class:`SlowMoMixin` goes in front of either Lightning's ``DDPStrategy``, from which it takes launchers, process group,
+samplers, ranks and devices. The model is not wrapped in DistributedDataParallel (except inside nodes). Syncs come at
+the end of ``optimizer_step``: before the learning-rate scheduler moves on, and not while gradients accumulate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_slowmo import private
+from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.callbacks import AtSyncMixin
+from lightning_slowmo.communication import Reason
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.core import StrategyCore
+from lightning_slowmo.presets import LAUNCHERS, PRESETS
+from lightning_slowmo.trainer.base import Fit
+from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
+from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
+from lightning_slowmo.trainer.collectives import CollectivesMixin
+from lightning_slowmo.trainer.optimizers import OptimizersMixin
+from lightning_slowmo.trainer.signals import Signals
+from lightning_slowmo.trainer.warnings import warn_of_callbacks
+
+
+def _of_core(name: str) -> Any:
+    """An attribute of the strategy that is its core's."""
+    return property(attrgetter(f"core.{name}"), doc=f"See :class:`~lightning_slowmo.core.StrategyCore`, ``{name}``.")
+
+
+class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
+    """The part of :class:`~lightning_slowmo.SlowMoStrategy` that does not depend on which Lightning it serves.
+
+    Args:
+        algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
+        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for;
+            by default as long as ``timeout``.
+        on_nonfinite: what happens when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers
+            before anything is averaged, or ``"skip"`` that worker and give it the mean of the others.
+        workers_per_node: processes of a machine (or ``"all"``) that make up one worker: DDP averages their gradients
+            at every step, and the algorithm runs between such nodes. None: every process is a worker.
+        ddp_kwargs: arguments for DistributedDataParallel inside nodes, such as ``{"find_unused_parameters": True}``.
+        shard_slow_state: whether each worker keeps only its share of anchor and slow momentum, 2/n of the parameters
+            instead of twice as much as they; at a sync it costs the same traffic.
+        offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
+        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync.
+        accelerator: set by the Trainer.
+        parallel_devices: set by the Trainer.
+        cluster_environment: set by the Trainer, or a plugin of the user's.
+        checkpoint_io: set by the Trainer, or a plugin of the user's.
+        precision_plugin: set by the Trainer, or a plugin of the user's.
+        process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs.
+        timeout: limit for the operations of torch.distributed.
+        start_method: how processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        ValueError: if the algorithm's name is unknown; lists the known ones.
+    """
+
+    strategy_name = "slowmo"
+
+    algorithm = _of_core("algorithm")
+    sync_timeout = _of_core("sync_timeout")
+    on_nonfinite = _of_core("on_nonfinite")
+    workers_per_node = _of_core("workers_per_node")
+    shard_slow_state = _of_core("shard_slow_state")
+    offload_slow_state = _of_core("offload_slow_state")
+    everyone = _of_core("everyone")
+    workers = _of_core("workers")
+    engine = _of_core("engine")
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "slowmo",
+        sync_timeout: timedelta | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        workers_per_node: int | Literal["all"] | None = None,
+        ddp_kwargs: dict[str, Any] | None = None,
+        shard_slow_state: bool = False,
+        offload_slow_state: Literal["cpu"] | None = None,
+        log_syncs: bool = True,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.core = StrategyCore(
+            algorithm,
+            sync_timeout or timeout or DEFAULT_TIMEOUT,
+            on_nonfinite,
+            workers_per_node,
+            shard_slow_state,
+            offload_slow_state,
+        )
+        self.ddp_kwargs = ddp_kwargs or {}
+        self.log_syncs = log_syncs
+        if self.ddp_kwargs and workers_per_node is None:
+            raise ValueError(
+                "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
+            )
+        self._fit = Fit()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the state of the present fit; the core leaves out its process groups."""
+        return super().__getstate__() | {"_fit": Fit()}
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register every preset, with the suffixes ``_spawn``, ``_fork`` and ``_notebook``."""
+        for name, algorithm in PRESETS.items():
+            for suffix, start_method in LAUNCHERS.items():
+                if name + suffix not in strategy_registry:
+                    strategy_registry.register(
+                        name + suffix,
+                        cls,
+                        description=f"{algorithm!r}, with `start_method` '{start_method}'",
+                        algorithm=name,
+                        start_method=start_method,
+                    )
+
+    @property
+    def report(self) -> SyncReport:
+        """Totals over all syncs of the present or last fit, on this worker."""
+        return self.core.report
+
+    # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Refuse what cannot work before anything is started."""
+        if self.root_device.type == "mps":
+            raise ValueError(
+                "MPS devices cannot take part in torch.distributed. Use Trainer(accelerator='cpu', devices=...)."
+            )
+        plugins = self.package.plugins
+        if isinstance(self.precision_plugin, (plugins.FSDPPrecision, plugins.DeepSpeedPrecision, plugins.XLAPrecision)):
+            raise ValueError(
+                f"{type(self.precision_plugin).__name__} belongs to a strategy that shards the model; "
+                f"{type(self).__name__} keeps a whole model on each worker. Use Trainer(precision=...) instead."
+            )
+        super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the process group, then make this strategy's own groups beside it."""
+        super().setup_distributed()
+        self.core.make_groups(self.node_rank, self.local_rank, self.root_device)
+
+    def configure_ddp(self) -> None:
+        """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""
+        assert self.model is not None
+        self.core.start_equal(self.model)
+        self._wrap_in_node()
+
+    def setup(self, trainer: Any) -> None:
+        """Set up model and optimizers as DDP does, then the engine."""
+        fitting = trainer.state.fn == "fit"
+        batch_norm = private.sync_batch_norm(self)
+        if fitting and batch_norm is not None:
+            private.set_sync_batch_norm(self, NodeBatchNorm(batch_norm, self.core.node_group))
+        super().setup(trainer)
+        if not fitting:
+            return
+        assert self.lightning_module is not None
+        self.core.make_engine(self.optimizers, self.lightning_module).on_sync = self._on_sync
+        warn_of_callbacks(trainer, self.package)
+        self._watch_optimizers()
+        self._fit.signals = Signals(trainer, self.core, self.launcher)
+        self._fit.undo.append(self._fit.signals.give_back)
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """From here on every communication begins with a meeting."""
+        super().on_train_start()
+        self.core.training = True
+        self._fit.in_step = self._trainer.global_step == 0  # not known of a checkpoint
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin an epoch together, and write checkpoints that were asked for by a signal."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0:
+            self._meet(Reason.EPOCH_START)
+            self._compare_steps()
+        engine = self.core.running
+        if engine.must_save:
+            with self._flags():
+                ready = engine.pause()
+            if ready:
+                self._save_wanted()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While gradients accumulate, they are not exchanged."""
+        self._fit.accumulating = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._fit.accumulating = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Exchange gradients, for the algorithms that do, before they are clipped."""
+        super().post_backward(closure_loss)
+        if self.core.training and not self._fit.accumulating:
+            scaler = getattr(self.precision_plugin, "scaler", None)
+            loss_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
+            with self._flags():
+                self.core.running.after_backward(loss_scale)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step, then sync if it is time."""
+        engine = self.core.running
+        index = self._index_of(optimizer)
+        engine.before_step(index)
+        self._fit.stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._fit.stepping = False
+        if private.skips_backward(self._trainer):  # this epoch changes statistics alone, so there is nothing to sync
+            return output
+        self._fit.reductions.stepped()
+        with self._flags():
+            report = engine.after_step(index)
+        if report is not None and self.log_syncs:
+            metrics = report.metrics() | {"sync/count": engine.total.count}
+            for logger in self._trainer.loggers:
+                logger.log_metrics(metrics, step=private.logging_step(self._trainer))
+        return output
+
+    def _on_sync(self, agreed: bool) -> None:
+        """Tell the callbacks that wait for syncs, and notice if this worker is left alone with what it wants."""
+        self._check_entering()
+        self._compare_steps()
+        self._fit.reductions.synced()
+        for callback in self._trainer.callbacks:
+            if agreed and isinstance(callback, AtSyncMixin):
+                callback.on_sync(self._trainer, self.lightning_module)
+
+    def _save_wanted(self) -> None:
+        assert self._fit.signals is not None
+        self._fit.signals.save_wanted()
+
+    # End --------------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """All workers end with the consensus."""
+        super().on_train_end()
+        engine = self.core.running
+        with self._flags():
+            engine.finish()
+        if engine.must_save:
+            self._save_wanted()
+        self.core.training = False
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave a message for the workers that will wait for this one, and communicate no more."""
+        self.core.report_failure(exception)
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Give Lightning back what was changed in it. The engine stays, so that the state can still be saved."""
+        self.core.training = False
+        while self._fit.undo:
+            self._fit.undo.pop()()
+        super().teardown()
