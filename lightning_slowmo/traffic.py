@@ -18,7 +18,8 @@ import torch
 
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.compression import Compressor, slice_segments
-from lightning_slowmo.parameters import Layout, Scratch
+from lightning_slowmo.parameters import Layout
+from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.topology import Mixing, make
 
 SAMPLED_CHUNKS = 64

@@ -15,6 +15,7 @@ LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_li
 FLOORS = {
     "parameters": 1,
     "storage": 1,
+    "scratch": 1,
     "arithmetic": 1,
     "pieces": 1,
     "private": 1,
@@ -40,6 +41,9 @@ FLOORS = {
     "__about__": 0,
 }
 """The floor of each room: a module or a folder at the top of the package."""
+
+KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private.py"]
+"""Files below Lightning's floor that know torch.distributed: the transport, and those that ask for a process group."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -144,20 +148,9 @@ def own_private(source: str) -> tuple[set[str], set[str]]:
     return taken, defined
 
 
-STILL_FOREIGN = {
-    "algorithms/base.py": {"_foreach_norm"},
-    "algorithms/sketched.py": {"_version"},
-    "communication/compressed.py": {"_count"},
-    "communication/exchange.py": {"_absence", "_count"},
-    "communication/workers.py": {"_get_default_store"},
-    "parameters.py": {"_foreach_copy_"},
-}
-"""Files that do not use ``private.py`` yet; an entry goes as soon as its file does."""
-
-
 @pytest.mark.parametrize("file", [f for f in FILES if room(f) != "private"], ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_private_members_of_others_are_used_in_one_file_alone(file: Path):
-    assert foreign_private(file.read_text()) == STILL_FOREIGN.get(str(file.relative_to(PACKAGE)), set())
+    assert room(file) == "private" or not foreign_private(file.read_text())
 
 
 def test_private_members_of_self_are_those_of_this_package():
@@ -192,17 +185,40 @@ def test_private_py_imports_neither_lightning_nor_processes_when_it_is_loaded():
 
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
-LIGHTNING_SIDE = [file for file in FILES if FLOORS[room(file)] == 5 or room(file) in ("core", "private")]
 
-
-@pytest.mark.parametrize("file", LIGHTNING_SIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_class_has_more_than_twenty_public_methods(file: Path):
-    for node in ast.walk(ast.parse(file.read_text())):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_has_over_400_lines_and_no_class_over_20_public_methods(file: Path):
+    source = file.read_text()
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
-            public = [f.name for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
-            assert len(public) <= 20, node.name
+            assert len(public_methods(node)) <= 20, node.name
 
 
-@pytest.mark.parametrize("file", LIGHTNING_SIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_file_has_more_than_400_lines(file: Path):
-    assert len(file.read_text().splitlines()) <= 400
+def test_a_running_algorithm_has_at_most_fourteen_methods():
+    source = (PACKAGE / "algorithms" / "base.py").read_text()
+    [running] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Running"]
+    assert len(public_methods(running)) <= 14
+
+
+def public_methods(node: ast.ClassDef) -> list[str]:
+    return [f.name for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
+
+
+# Arrows inside a floor ------------------------------------------------------------------------------------------------
+
+
+def test_on_the_second_floor_averaging_stands_on_communication_and_not_the_reverse():
+    for file in FILES:
+        if room(file) in ("communication", "traffic"):
+            assert "averaging" not in rooms_of(imports(file.read_text())), file
+
+
+def test_torch_distributed_is_known_to_one_file_of_the_second_to_fourth_floor():
+    """The core makes DDP's group known to a strategy, and so knows what a process group is."""
+    known = [
+        str(file.relative_to(PACKAGE))
+        for file in FILES
+        if FLOORS[room(file)] < 5 and any(name.startswith("torch.distributed") for name in imports(file.read_text()))
+    ]
+    assert sorted(known) == sorted(KNOW_PROCESSES)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from lightning_slowmo import LocalSGD, Workers
-from lightning_slowmo.parameters import BucketSizes, Layout, Scratch
+from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import accumulation_dtype, flat_view, is_dense
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple) | st.integers(0, 60).map(lambda size: (size,))
@@ -201,7 +202,7 @@ def test_frozen_parameters_are_left_out_and_unfreezing_is_noticed():
     assert running.layout.covers(running.groups())
     frozen.requires_grad_(True)
     assert not running.layout.covers(running.groups())
-    running.before_step()
+    running.join()
     assert [parameter.shape for parameter in running.layout.parameters] == [(3,), (2,)]
 
 

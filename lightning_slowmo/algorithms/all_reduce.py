@@ -15,7 +15,8 @@ from lightning_slowmo.algorithms.base import Algorithm, Running, Synced
 from lightning_slowmo.averaging.mean import average
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Layout, Scratch
+from lightning_slowmo.parameters import Layout
+from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import gradient
 
 

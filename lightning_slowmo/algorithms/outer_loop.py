@@ -130,7 +130,8 @@ class RunningOuterLoop(Running):
         else:
             move = partial(self._move, self.scalars(round))
             self._treat_buffers()
-            synced = self.base.sync(round)._replace(agreed=False) if round.levels & Level.BASE else Synced()
+            drift, skipped, _ = self.base.sync(round) if round.levels & Level.BASE else Synced()
+            synced = Synced(drift, skipped)
             for bucket in self.layout.buckets:
                 own = bucket.pack(self.averager.scratch.take(bucket))
                 for block, values in bucket.blocks(own):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout, Scratch
+from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.scratch import Scratch
 
 OnSum = Callable[[Block, Tensor, float], None]
 """Called with each block of parameters, the sum over the workers and the sum of their weights, as soon as the sum has

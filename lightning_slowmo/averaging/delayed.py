@@ -27,7 +27,8 @@ from lightning_slowmo.averaging.mean import average, take_mean
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.pipeline import UnderWay, start
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Bucket, Layout, Scratch
+from lightning_slowmo.parameters import Bucket, Layout
+from lightning_slowmo.scratch import Scratch
 
 
 @dataclass

@@ -11,7 +11,8 @@ from lightning_slowmo.averaging.drift import Drift
 from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.pipeline import Transfer, pipeline
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Bucket, Layout, Scratch
+from lightning_slowmo.parameters import Bucket, Layout
+from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import as_real
 
 

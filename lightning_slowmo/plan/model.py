@@ -19,7 +19,7 @@ from lightning_slowmo.compression import (
     SignTopK,
     TopK,
 )
-from lightning_slowmo.parameters import Scratch
+from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.traffic import Sync, bytes_per_step, layout_of
 
 BACKWARD_SHARE = 0.6
