@@ -231,10 +231,10 @@ class StrategyCore:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def meet(self, reason: Reason) -> None:
-        """Meet before a collective that is not the engine's own, so that workers that still train can come to it.
+        """Meet before a collective that is not the engine's own, so that workers with more batches finish them first.
 
         Nothing happens outside training. While the model holds the consensus, all workers must be at the same place, so
-        the meeting only checks that they are: one that came alone would wait for ever otherwise.
+        the meeting only checks that they are: otherwise one that came alone would wait until the timeout.
 
         Args:
             reason: which collective follows.

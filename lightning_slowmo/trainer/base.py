@@ -33,7 +33,7 @@ class Fit:
         restored: what was read from the checkpoint that this fit resumes, until the engine takes it.
         signals: the Trainer's signals, taken over from set-up to teardown.
         reductions: counts the steps that reduced a metric.
-        undo: what gives Lightning and the optimizers back what was changed in them.
+        undo: functions that restore what was changed in Lightning and in the optimizers; called last to first.
     """
 
     stepping: bool = False
@@ -67,14 +67,14 @@ class StrategyPart(DDPStrategy):
 
     @property
     def _failed(self) -> bool:
-        """Whether this worker is on its way out after an exception: nobody may be waited for then."""
+        """Whether training has ended with an exception on this worker, which must not communicate any more then."""
         module = self.lightning_module
         trainer = None if module is None else private.attached_trainer(module)
         return trainer is not None and trainer.state.status == "interrupted"
 
     @contextmanager
     def _flags(self) -> Iterator[None]:
-        """Take the Trainer's wish to stop to the meetings in this context, and bring everyone's back."""
+        """Send ``should_stop`` with the headers of this context's meetings; afterwards take over the other workers'."""
         engine, trainer = self.core.running, self._trainer
         engine.stop = bool(trainer.should_stop)
         yield

@@ -11,7 +11,7 @@ from lightning_slowmo.trainer.base import StrategyPart
 
 
 class ConsensusMixin(StrategyPart):
-    """Ways into and out of the consensus."""
+    """Entering and leaving the consensus."""
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -55,7 +55,7 @@ class ConsensusMixin(StrategyPart):
                 self.core.enter_consensus(Reason.VALIDATION)
 
     def on_validation_end(self) -> None:
-        """Go on with this worker's own parameters."""
+        """Restore this worker's own parameters."""
         super().on_validation_end()
         if self.core.engine is not None:
             self.core.leave_consensus(Reason.VALIDATION)

@@ -150,7 +150,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Refuse what cannot work before anything is started."""
+        """Refuse devices and plugins that cannot work, before anything is started."""
         if self.root_device.type == "mps":
             raise ValueError(
                 "MPS devices cannot take part in torch.distributed. Use Trainer(accelerator='cpu', devices=...)."
@@ -193,13 +193,13 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
     # Training ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """From here on every communication begins with a meeting."""
+        """From now on every collective begins with a meeting."""
         super().on_train_start()
         self.core.training = True
         self._fit.in_step = self._trainer.global_step == 0  # not known of a checkpoint
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin an epoch together, and write checkpoints that were asked for by a signal."""
+        """Meet at the start of an epoch, and write the checkpoints that a signal handler asked for."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0:
             self._meet(Reason.EPOCH_START)
@@ -252,7 +252,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         return output
 
     def _on_sync(self, agreed: bool) -> None:
-        """Tell the callbacks that wait for syncs, and notice if this worker is left alone with what it wants."""
+        """Call the callbacks that act at syncs; raise if this worker waits for a save that the others do not make."""
         self._check_entering()
         self._compare_steps()
         self._fit.reductions.synced()
@@ -282,7 +282,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        """Give Lightning back what was changed in it. The engine stays, so that the state can still be saved."""
+        """Restore what was changed in Lightning. The engine stays, so that its state can still be saved."""
         self.core.training = False
         while self._fit.undo:
             self._fit.undo.pop()()
