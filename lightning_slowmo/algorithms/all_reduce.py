@@ -16,7 +16,6 @@ from lightning_slowmo.averaging.mean import average
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout
-from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import gradient
 
 
@@ -46,7 +45,6 @@ class RunningAllReduce(Running):
 
     def __init__(self, optimizer: Optimizer, workers: Workers) -> None:
         super().__init__(optimizer, workers)
-        self._scratch = Scratch()
         self._gradient_layout: tuple[list[bool], Layout] | None = None
 
     def after_step(self) -> None:
@@ -72,7 +70,7 @@ class RunningAllReduce(Running):
         used = [float(mine and parameter.grad is not None) for parameter in parameters]
         used_anywhere = [any(column) for column in zip(*self.workers.gather(used, "used parameters"), strict=True)]
         layout = self._layout_of_gradients(parameters, used_anywhere)
-        average(layout.buckets, self.workers, self._scratch, [float(present) for present in round.present])
+        average(layout.buckets, self.workers, self.averager.scratch, [float(present) for present in round.present])
         self.pending = int(mine)
 
     def _layout_of_gradients(self, parameters: list[Tensor], used: list[bool]) -> Layout:
