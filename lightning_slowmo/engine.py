@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, SyncReport
+from lightning_slowmo.algorithms.iterates import Iterates
 from lightning_slowmo.communication.collectives import average_tensors
 from lightning_slowmo.communication.meeting import Header, Meeting, Reason, meet, require_equal
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
@@ -112,6 +113,13 @@ class Engine:
             raise ValueError("There is nothing to train: the optimizers hold no parameter that requires a gradient.")
         self.units = [algorithm.bind(optimizer, workers) for optimizer in optimizers]
         self._check_start()
+        self.iterates = [Iterates(optimizer) for optimizer in optimizers]
+        require_equal(
+            self.everyone,
+            "The optimizers' own copies of the parameters",
+            "; ".join(map(str, self.iterates)),
+            "Use the same optimizers on every rank.",
+        )
         if shard_slow_state or offload_slow_state:
             for unit in self.units:
                 unit.place_slow_state(shard_slow_state, offload_slow_state is not None)
@@ -247,7 +255,9 @@ class Engine:
         if header.reason is Reason.GRADIENTS:
             unit.sync_gradients(round)
             return SyncReport(count=0, drift=self.total.drift)
-        report = unit.sync(round)
+        weights = round.weights if unit.agrees_after(round) else None
+        with self.iterates[header.unit].following(self.workers, weights):
+            report = unit.sync(round)
         self._average_moving(look=self.rounds <= 2)
         if not all(round.healthy):
             self._heal(header.unit, round)
@@ -361,7 +371,11 @@ class Engine:
             for index, unit in enumerate(self.units):
                 unit.drain()
                 round = self._round(self.last_meeting, Header(Reason.SYNC, index))
-                (unit.finish if for_good else unit.consensus)(round)
+                if for_good:
+                    with self.iterates[index].following(self.workers, round.weights):
+                        unit.finish(round)
+                else:
+                    unit.consensus(round)
             average_tensors(self._besides(), self.everyone, [float(not h.poisoned) for h in self.last_meeting.headers])
 
     def _buffers(self) -> list[Tensor]:

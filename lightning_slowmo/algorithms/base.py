@@ -143,8 +143,9 @@ class Running(ABC):
         return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
     def rates(self) -> list[float]:
-        """The learning rate of each parameter group."""
-        return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        """The learning rate of each parameter group; 1 where there is none, or where the optimizer sets it (None)."""
+        rates = (group.get("lr") for group in self.optimizer.param_groups)
+        return [1.0 if rate is None else float(rate) for rate in rates]
 
     def is_finite(self) -> bool:
         """Whether all parameters are finite."""

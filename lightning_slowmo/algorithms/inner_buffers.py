@@ -1,13 +1,20 @@
-"""What becomes of the optimizer's own buffers at an outer step: line 2 of SlowMo's Algorithm 1."""
+"""What becomes of the optimizer's own buffers at an outer step: line 2 of SlowMo's Algorithm 1.
+
+``"auto"`` is the paper's choice, made for each parameter by what its state consists of (see
+:mod:`~lightning_slowmo.algorithms.optimizer_state`): plain momentum is reset; a state that adapts step sizes is
+maintained as a whole, because the rest of it (Adam's first moment and its step count) fits nothing else; so is one with
+copies of the parameters, which the engine averages; and so is one of which nothing is known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Literal, get_args
 
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
+from lightning_slowmo.algorithms.optimizer_state import nested, roles, states, tensors
 from lightning_slowmo.communication.collectives import average_tensors
 from lightning_slowmo.communication.workers import SyncError, Workers
 
@@ -21,41 +28,62 @@ def check(value: str) -> None:
         raise ValueError(f"inner_buffers must be one of {', '.join(get_args(InnerBuffers))}, got {value!r}.")
 
 
-def resolve(value: InnerBuffers, optimizer: Optimizer) -> Literal["reset", "maintain", "average"]:
-    """Replace ``"auto"`` by the paper's choice: reset momentum, but maintain what adapts step sizes.
+def treat(value: InnerBuffers, optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -> None:
+    """Do to the optimizer's buffers what is due at an outer step.
 
-    An optimizer counts as Adam-like if its groups have ``betas``, or are known to hold second moments.
+    Args:
+        value: the treatment.
+        optimizer: the user's own.
+        workers: all of whom must call this.
+        but: ids of parameters whose buffers stay.
+
+    Raises:
+        SyncError: if buffers are to be averaged and the workers do not hold the same ones.
+        ValueError: if buffers are to be averaged that are quantized.
     """
-    if value != "auto":
-        return value
-    adaptive = any({"betas", "rho", "lr_decay", "beta2_decay"} & group.keys() for group in optimizer.param_groups)
-    return "maintain" if adaptive else "reset"
+    if value == "reset":
+        reset(optimizer, but)
+    elif value == "average":
+        average(optimizer, workers, but)
+    elif value == "auto":
+        reset(optimizer, {*but, *(id(parameter) for parameter in maintained(optimizer))})
+
+
+def maintained(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters whose buffers ``"auto"`` maintains."""
+    known = roles(optimizer)
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            found = known.of(index, parameter)
+            if found is None or any(entry.role in ("adapts", "iterate") for entry in found.values()):
+                yield parameter
 
 
 def reset(optimizer: Optimizer, but: Collection[int] = ()) -> None:
     """Make an optimizer forget: its next step is that of a fresh one, also in Adam's bias correction.
 
-    Every optimizer of torch creates the state of a parameter at its first step, so emptying it is a reset to zero that
-    includes step counters, and dampening treats the next gradient as the first one. Only Adagrad creates it earlier.
+    Optimizers create the state of a parameter at its first step, so emptying it is a reset to zero that includes step
+    counters, and dampening treats the next gradient as the first one. Adagrad creates it earlier.
 
     Args:
         optimizer: the user's own.
         but: ids of parameters whose state stays.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if not state or id(parameter) in but:
-                continue
-            if isinstance(optimizer, Adagrad):
-                state["step"].zero_()
-                state["sum"].fill_(group["initial_accumulator_value"])
-            else:
-                state.clear()
+    for holder in nested(optimizer):
+        for group in holder.param_groups:
+            for parameter in group["params"]:
+                state = holder.state.get(parameter)
+                if not state or id(parameter) in but:
+                    continue
+                if isinstance(holder, Adagrad):
+                    state["step"].zero_()
+                    state["sum"].fill_(group["initial_accumulator_value"])
+                else:
+                    state.clear()
 
 
 def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -> None:
-    """Replace the buffers that have a parameter's shape (momenta, second moments) by their mean over the workers.
+    """Replace momenta, second moments and the like by their mean over the workers; counters stay.
 
     Args:
         optimizer: the user's own.
@@ -64,17 +92,14 @@ def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -
 
     Raises:
         SyncError: if the workers' optimizers do not hold the same buffers.
+        ValueError: if buffers are quantized: a mean of codes means nothing.
     """
-    buffers: list[Tensor] = [
-        value
-        for group in optimizer.param_groups
+    buffers = [
+        tensor
+        for index, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
-        for name, value in sorted(optimizer.state.get(parameter, {}).items())
         if id(parameter) not in but
-        and isinstance(value, Tensor)
-        and value.shape == parameter.shape
-        and value.is_floating_point()
-        and name != "step"  # a scalar as well, and to be told from the buffers of scalar parameters by name alone
+        for tensor in _to_average(optimizer, index, parameter)
     ]
     counts = workers.gather([len(buffers), sum(buffer.numel() for buffer in buffers)], "averaging the inner buffers")
     if any(count != counts[0] for count in counts):
@@ -84,3 +109,24 @@ def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -
             "Does a worker have parameters that never received a gradient? Use 'maintain' or 'reset'."
         )
     average_tensors(buffers, workers)
+
+
+def _to_average(optimizer: Optimizer, group: int, parameter: Tensor) -> Iterator[Tensor]:
+    """What moves with the gradients in a parameter's state. The engine averages iterates, whatever the treatment is."""
+    known = roles(optimizer).of(group, parameter)
+    for place, state in states(optimizer, parameter):
+        for name in sorted(state):
+            value = state[name]
+            if known is None:  # then what has the parameter's shape
+                skip = not isinstance(value, Tensor) or value.shape != parameter.shape or name == "step"
+            else:
+                entry = known.get((place, name))
+                skip = entry is not None and entry.role in ("counter", "iterate")
+            for tensor in () if skip else tensors(value):
+                if tensor.is_floating_point() or tensor.is_complex():
+                    yield tensor
+                elif tensor.numel() > 1:
+                    raise ValueError(
+                        f"inner_buffers='average' cannot average {name!r} of {type(optimizer).__name__}, which is "
+                        f"quantized ({tensor.dtype}): a mean of codes means nothing. Use 'maintain' or 'reset'."
+                    )

@@ -8,7 +8,7 @@ the new anchor. The algorithms differ in ``step`` alone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import NOT_DUE, Algorithm, Round, Running, SyncReport, copy_state
+from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.communication.collectives import gather_shards
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Block, Layout, Shards
@@ -37,7 +38,7 @@ class RunningOuterLoop(Running):
         self,
         base: Algorithm,
         sync_every: int,
-        buffers: Literal["reset", "maintain", "average"],
+        buffers: InnerBuffers,
         average: bool,
         optimizer: Optimizer,
         workers: Workers,
@@ -153,10 +154,7 @@ class RunningOuterLoop(Running):
         taken begins here.
         """
         elsewhere = self.layout.outside(self.base.fragment)
-        if self.buffers == "reset":
-            inner_buffers.reset(self.optimizer, elsewhere)
-        elif self.buffers == "average":
-            inner_buffers.average(self.optimizer, self.workers, elsewhere)
+        inner_buffers.treat(self.buffers, self.optimizer, self.workers, elsewhere)
 
     def agrees_after(self, round: Round) -> bool:
         """After an outer step from the average, and between outer steps when the base does."""

@@ -52,8 +52,8 @@ class SlowMo(Algorithm):
         slow_momentum: the paper's beta, in [0, 1). The paper tuned 0.4 to 0.8 case by case; more for more workers.
         slow_lr: the paper's alpha. The paper always found 1 best.
         inner_buffers: the optimizer's own buffers at a slow update: ``"reset"`` to zero, ``"maintain"`` each worker's,
-            ``"average"`` them (at the cost of more messages), or ``"auto"``: reset momentum, but maintain Adam's, as
-            in the paper.
+            ``"average"`` them (at the cost of more messages), or ``"auto"``: reset momentum, but maintain what adapts
+            step sizes and the momentum beside it, as in the paper.
         average: False is the paper's no-average variant, which skips line 6 and relies on the base to mix.
         compressor: how the differences to the last common point are compressed in line 6, with error feedback; None
             sends them in full. For ``LocalSGD`` as base.
@@ -123,8 +123,8 @@ class RunningSlowMo(RunningOuterLoop):
         assert base is not None  # __post_init__ has set it
         if isinstance(base, LocalSGD):
             base = local_steps(base.sync_every, config.compressor, config.overlap, config.fragments)
-        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        super().__init__(base, config.sync_every // config.fragments, treatment, config.average, optimizer, workers)
+        every = config.sync_every // config.fragments
+        super().__init__(base, every, config.inner_buffers, config.average, optimizer, workers)
         self.config = config
         self.momentum_rates = [self.rates() for _ in range(config.fragments)]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms.base import NOT_DUE, Round, Running, SyncReport, copy_state
+from lightning_slowmo.algorithms.iterates import Iterates
 from lightning_slowmo.communication.collectives import DelayedAverage, Then, average
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout, Scratch
@@ -79,7 +80,8 @@ class RunningStreaming(Running):
         if self.in_flight is not None:
             self.in_flight.steps += 1
             if self.in_flight.steps >= self.overlap:
-                self._land()
+                with Iterates(self.optimizer).following(self.workers, weights=None):  # in a sync, the engine does this
+                    self._land()
 
     def sync(self, round: Round) -> SyncReport:
         """Average a fragment, or send it. With overlap, the drift is that of the average before."""
