@@ -19,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
@@ -256,15 +257,18 @@ class SlowMoMixin(DDPStrategy):
         """Raise where an optimizer is stepped behind the strategy's back: it would never be synced."""
 
         def complain(optimizer: Optimizer, *_: Any) -> None:
-            if self._training and not self._stepping:
+            if not self._training or self._stepping:
+                return
+            trained = {id(p) for own in self.optimizers for group in own.param_groups for p in group["params"]}
+            if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} was stepped without the strategy, so its parameters would never be "
                     "synced. In manual optimization call step() on what self.optimizers() returns, not with "
-                    "use_pl_optimizer=False."
+                    "use_pl_optimizer=False. An optimizer with steps of its own around one that it holds (SAM's "
+                    "first_step and second_step) needs step(closure)."
                 )
 
-        for optimizer in self.optimizers:
-            self._undo.append(optimizer.register_step_pre_hook(complain).remove)
+        self._undo.append(register_optimizer_step_pre_hook(complain).remove)
 
     # Training ---------------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class Iterates:
             for parameter in group["params"]:
                 for key, entry in (known.of(index, parameter) or {}).items():
                     if entry.role == "iterate" and entry.dtype is not None and parameter.requires_grad:
-                        yield parameter.detach(), key, entry.dtype
+                        yield parameter, key, entry.dtype
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
         """Each iterate with its parameter, and whether it is there already.
@@ -91,7 +91,7 @@ class Iterates:
             state = dict(states(self.optimizer, parameter)).get(place, {})
             present = name in state
             iterate = state[name].detach() if present else torch.zeros_like(parameter, dtype=dtype)
-            pairs.append((iterate, parameter, present))
+            pairs.append((iterate, parameter.detach(), present))
         return pairs
 
 

@@ -59,10 +59,12 @@ class Roles:
 
     Attributes:
         found: by parameter group and kind of parameter, what is known of each entry.
+        rebuilds: whether the optimizer builds the state of a parameter in its next step if it is empty.
         failure: why nothing was found; empty if the trial went well.
     """
 
     found: tuple[dict[Kind, dict[Key, Entry]], ...] = ()
+    rebuilds: bool = True
     failure: str = ""
 
     def of(self, group: int, parameter: Tensor) -> dict[Key, Entry] | None:
@@ -148,7 +150,7 @@ def _try(optimizer: Optimizer) -> Roles:
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         for keep, sparse in ((False, False), (True, False), (False, True)):
             try:
-                return Roles(_compare(optimizer, keep, sparse))
+                return Roles(_compare(optimizer, keep, sparse), rebuilds=not keep)
             except Exception as error:  # of the user's optimizer, so it may be any; the caller warns
                 failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
     return Roles(failure=failures[0])
