@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
@@ -155,8 +156,10 @@ def _to_average(state: _State) -> Iterator[Tensor]:
         else:
             skip = state.role(name) in ("counter", "iterate")
         for tensor in () if skip else tensors(value):
-            if tensor.is_floating_point() or tensor.is_complex():
+            if tensor.is_floating_point():
                 yield tensor
+            elif tensor.is_complex():
+                yield torch.view_as_real(tensor)
             elif tensor.numel() > 1:
                 raise ValueError(
                     f"inner_buffers='average' cannot average {name!r} of {type(state.holder).__name__}, which is "

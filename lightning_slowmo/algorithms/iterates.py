@@ -38,7 +38,7 @@ class Iterates:
 
     def __bool__(self) -> bool:
         """Whether there are any, or will be once the optimizer has stepped."""
-        return any(True for _ in self._expected())
+        return roles(self.optimizer).any("iterate")
 
     def __str__(self) -> str:
         """Which entries they are, to be compared between workers."""
@@ -69,12 +69,14 @@ class Iterates:
             try:
                 yield
                 if weights is not None:
-                    average_tensors(offsets, workers, weights)
+                    average_tensors([_real(offset) for offset in offsets], workers, weights)
             finally:
                 _add(here, there, 1)
 
     def _expected(self) -> Iterator[tuple[Tensor, Key, torch.dtype]]:
         known = roles(self.optimizer)
+        if not known.any("iterate"):
+            return
         for index, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"]:
                 for key, entry in (known.of(index, parameter) or {}).items():
@@ -93,6 +95,11 @@ class Iterates:
             iterate = state[name].detach() if present else torch.zeros_like(parameter, dtype=dtype)
             pairs.append((iterate, parameter.detach(), present))
         return pairs
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as the pairs of reals that it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _add(tensors: list[Tensor], others: list[Tensor], alpha: int) -> None:

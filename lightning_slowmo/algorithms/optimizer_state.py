@@ -67,6 +67,10 @@ class Roles:
     rebuilds: bool = True
     failure: str = ""
 
+    def any(self, role: Role) -> bool:
+        """Whether there is an entry of this role."""
+        return any(entry.role == role for kinds in self.found for known in kinds.values() for entry in known.values())
+
     def of(self, group: int, parameter: Tensor) -> dict[Key, Entry] | None:
         """What is known of each entry of a parameter's state; None if nothing is."""
         return None if self.failure else self.found[group].get(_kind(parameter))
@@ -177,7 +181,7 @@ def _entry(plain: Any, mirrored: Any, other: Any, still: Any, start: Tensor) -> 
     dtype = plain.dtype if isinstance(plain, Tensor) else None
     if _alike(a, b) and _alike(a, c):
         return Entry("counter", dtype)
-    if dtype is not None and dtype.is_floating_point and _alike(d, [_wide(start)]):
+    if dtype is not None and (dtype.is_floating_point or dtype.is_complex) and _alike(d, [_wide(start)]):
         return Entry("iterate", dtype)
     return Entry("momentum" if _alike(a, [-tensor for tensor in b]) else "adapts", dtype)
 
@@ -278,7 +282,7 @@ def _push(start: Tensor) -> Tensor:
 
 
 def _is_copy(value: Any, parameter: Tensor) -> bool:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.is_complex() != parameter.is_complex():
         return False
     return torch.equal(value.to(parameter), parameter)
 

@@ -220,6 +220,15 @@ def test_quantized_buffers_are_not_averaged():
         run.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_roles_do_not_depend_on_the_dtype(dtype):
+    expected = {"SGD": {"momentum"}, "Adam": {"counter", "momentum", "adapts"}, "ScheduleFreeSGD": {"iterate"}}
+    for name, found in expected.items():
+        own = parameters(name, dtype)
+        for parameter in own:
+            assert {entry.role for entry in roles(ALL[name](own)).of(0, parameter).values()} == found, name
+
+
 def test_a_rate_that_is_zero_when_training_begins_hides_nothing():
     optimizer = torch.optim.Rprop(parameters("Rprop"), lr=0.0)
     assert roles(optimizer).of(0, optimizer.param_groups[0]["params"][0])[0, "step_size"].role == "adapts"
@@ -349,6 +358,19 @@ def test_master_weights_do_not_undo_a_sync(workers):
     run.step()  # writes the master weights into the parameters
     rows = workers.gather(flat(run.values()))
     assert rows[0] == rows[1]
+
+
+@on_workers(2)
+def test_complex_copies_meet_too(workers):
+    run = Run("ScheduleFreeSGD", LocalSGD(100), workers, torch.complex64).steps_to(EVERY)
+    with run.engine.iterates[0].following(workers, [1.0, 1.0]), torch.no_grad():
+        for parameter in run.parameters:
+            parameter.zero_()
+    copies = run.entries("iterate")
+    rows = workers.gather(flat(torch.view_as_real(z) for z in copies.values()))
+    assert len(copies) == 3
+    assert rows[0] == rows[1]
+    assert any(rows[0])
 
 
 @on_workers(2)
