@@ -103,9 +103,7 @@ class _State(NamedTuple):
         if role == "momentum":
             for tensor in tensors(value):
                 tensor.zero_()
-        elif role == "iterate":
-            value.copy_(self.parameter.detach())
-        elif role != "counter":
+        elif role not in ("counter", "iterate"):  # an iterate follows its parameter; it is no buffer to be emptied
             raise ValueError(
                 f"{type(self.holder).__name__} builds {name!r} in its constructor, so it cannot be reset: its first "
                 "value is not known. Use inner_buffers='maintain', 'average' or 'auto'."

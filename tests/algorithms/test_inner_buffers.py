@@ -240,9 +240,10 @@ def test_a_state_built_in_the_constructor_is_reset_in_place():
     roles(optimizer)  # before the first step, as the engine does
     for _ in range(3):
         take_step(optimizer, own, [torch.zeros_like(p) for p in own])
+    slow = [optimizer.state[parameter]["slow"].clone() for parameter in own]
     inner_buffers.reset(optimizer)
+    assert equal(slow, [optimizer.state[parameter]["slow"] for parameter in own])
     for parameter in own:
-        assert torch.equal(optimizer.state[parameter]["slow"], parameter)
         assert not optimizer.fast.state[parameter]["momentum_buffer"].any()
 
 
@@ -358,6 +359,15 @@ def test_master_weights_do_not_undo_a_sync(workers):
     run.step()  # writes the master weights into the parameters
     rows = workers.gather(flat(run.values()))
     assert rows[0] == rows[1]
+
+
+@on_workers(2, each=["reset", "auto", "average"])
+def test_copies_are_equal_whatever_the_treatment_of_buffers(workers, treatment):
+    run = Run("Lookahead", SlowMo(sync_every=EVERY, inner_buffers=treatment), workers).steps_to(2 * EVERY)
+    rows = workers.gather(flat(run.values()) + flat(run.entries("iterate").values()))
+    assert rows[0] == rows[1]
+    for (index, *_), slow in run.entries("iterate").items():
+        assert (slow - run.parameters[index].detach()).abs().max() < 0.5
 
 
 @on_workers(2)
