@@ -77,7 +77,7 @@ class AtSyncMixin(EMAWeightAveraging):
 if not TYPE_CHECKING:
     try:
         from lightning.pytorch.callbacks import EMAWeightAveraging as _Base
-    except ImportError:  # pytorch_lightning alone is installed, or Lightning is older than 2.6
+    except ImportError:  # pytorch_lightning alone is installed
         pass
     else:
 

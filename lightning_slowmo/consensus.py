@@ -40,6 +40,7 @@ class Consensus:
         self.untrained: dict[str, Tensor] = {}
         self._own: list[list[Tensor]] | None = None
         self._own_besides: list[Tensor] = []
+        self._own_iterates: list[list[Tensor]] = []
 
     @property
     def entered(self) -> bool:
@@ -56,6 +57,7 @@ class Consensus:
         self.look_for_untrained(running)
         self._own = [each.layout.snapshot() for each in running]
         self._own_besides = [tensor.clone() for tensor in self._besides()]
+        self._own_iterates = [[tensor.clone() for tensor in each.iterates.tensors()] for each in running]
         self._load(running, meeting)
 
     def leave(self, running: Sequence[Running]) -> None:
@@ -63,11 +65,11 @@ class Consensus:
         if self._own is None:
             return
         with torch.no_grad():
-            for each, snapshot in zip(running, self._own, strict=True):
+            for each, snapshot, iterates in zip(running, self._own, self._own_iterates, strict=True):
                 each.layout.restore(snapshot)
-            for tensor, own in zip(self._besides(), self._own_besides, strict=True):
-                tensor.copy_(own)
-        self._own, self._own_besides = None, []
+                _copy(each.iterates.tensors(), iterates)
+            _copy(self._besides(), self._own_besides)
+        self._own, self._own_besides, self._own_iterates = None, [], []
 
     def settle(self, running: Sequence[Running], meeting: Meeting) -> None:
         """Load the consensus for good: training ends, or goes on from there."""
@@ -79,11 +81,13 @@ class Consensus:
             for index, each in enumerate(running):
                 each.averager.drain()
                 round = meeting.round(Header(Reason.SYNC, index))
-                if for_good:
-                    each.averager.finish(round)
-                    each.moved()
-                else:
-                    each.averager.consensus(round)
+                with each.iterates.following(self.workers) as average_offsets:
+                    if for_good:
+                        each.averager.finish(round)
+                        each.moved()
+                    else:
+                        each.averager.consensus(round)
+                    average_offsets(round.weights)
             average_tensors(self._besides(), self.everyone, [float(not header.poisoned) for header in meeting.headers])
 
     def _buffers(self) -> list[Tensor]:
@@ -151,10 +155,12 @@ class Consensus:
         """This worker's own parameters and buffers, also while the model holds the consensus."""
         own = self._own if self._own is not None else [each.layout.snapshot() for each in running]
         besides = self._own_besides if self.entered else self._besides()
+        iterates = self._own_iterates if self.entered else [each.iterates.tensors() for each in running]
         return {
             "parameters": [each.layout.per_parameter(flat) for each, flat in zip(running, own, strict=True)],
             "moving": list(self.untrained),
             "buffers": list(besides),
+            "iterates": iterates,  # the optimizer's state is saved too, but perhaps while it holds the consensus's
         }
 
     def load_local_state(self, running: Sequence[Running], state: dict[str, Any]) -> None:
@@ -164,5 +170,11 @@ class Consensus:
                 for parameter, own in zip(each.layout.parameters, parameters, strict=True):
                     local(parameter).copy_(own)
             self.average_also(state["moving"])
-            for tensor, own in zip(self._besides(), state["buffers"], strict=True):
-                tensor.copy_(own)
+            _copy(self._besides(), state["buffers"])
+            for each, iterates in zip(running, state.get("iterates", ()), strict=False):  # version 0.1 saved none
+                _copy(each.iterates.tensors(), iterates)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import Algorithm
+from lightning_slowmo.algorithms.base import Algorithm, Running
 from lightning_slowmo.communication.meeting import require_equal
 from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.parameters import Layout
@@ -38,13 +38,20 @@ def require_same_setting(algorithm: Algorithm, optimizers: Sequence[Optimizer], 
         raise ValueError("There is nothing to train: the optimizers hold no parameter that requires a gradient.")
 
 
-def require_same_start(layouts: Iterable[Layout], everyone: Workers) -> None:
+def require_same_start(running: Sequence[Running], everyone: Workers) -> None:
     """Make sure that all workers start from the same point: differences between them would pass for training progress.
 
     Raises:
-        SyncError: on every worker; names those that start elsewhere.
+        SyncError: on every worker; names those that start elsewhere, or says which optimizers keep other copies of the
+            parameters.
     """
-    high, low = divmod(checksum(layouts), 2**32)
+    require_equal(
+        everyone,
+        "The optimizers' own copies of the parameters",
+        "; ".join(str(each.iterates) for each in running),
+        "Use the same optimizers on every rank.",
+    )
+    high, low = divmod(checksum(each.layout for each in running), 2**32)
     sums = everyone.gather([high, low], "checksums of the initial parameters")
     others = [name for name, own in zip(everyone.names, sums, strict=True) if own != sums[0]]
     if others:

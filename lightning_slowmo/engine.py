@@ -102,7 +102,7 @@ class Engine:
         self.peers = None if everyone is None else workers.places
         require_same_setting(self.algorithm, self._optimizers, self.everyone)
         self.units = [self.algorithm.bind(optimizer, workers) for optimizer in self._optimizers]
-        require_same_start([running.layout for running in self.units], self.everyone)
+        require_same_start(self.units, self.everyone)
         if self._shard or self._offload:
             for running in self.units:
                 running.place_slow_state(self._shard, self._offload)
@@ -255,7 +255,10 @@ class Engine:
         if wanted.reason is Reason.GRADIENTS:
             running.innermost.sync_gradients(round)
             return self.total.drift, 0, 0
-        synced = running.sync(round)
+        with running.iterates.following(self.workers) as average_offsets:
+            synced = running.sync(round)
+            if synced.agreed:
+                average_offsets(round.weights)
         if self.rounds <= 2:
             self._consensus.look_for_untrained(self.units)
         self._consensus.average_untrained()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
+from lightning_slowmo.algorithms.iterates import Iterates
 from lightning_slowmo.averaging import Averager, ExactAverager
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
@@ -133,6 +134,7 @@ class Running(ABC):
     Attributes:
         layout: how the trained parameters lie in messages.
         averager: makes means of them.
+        iterates: the optimizer's own copies of the parameters, which must meet as these do.
         innermost: the algorithm inside all outer loops, which counts steps and exchanges gradients: this one itself, if
             it is no outer loop.
         pending: local steps since the parameters were last averaged; on the innermost algorithm alone.
@@ -149,6 +151,7 @@ class Running(ABC):
         layout = base.layout if base is not None else Layout(self.groups(), workers.sizes, fragments=fragments)
         self.layout: Layout = layout
         self.averager: Averager = base.averager if base is not None else ExactAverager(self.layout, workers)
+        self.iterates: Iterates = base.iterates if base is not None else Iterates(optimizer)
         self.pending = 0
         self.loss_scale: float | None = None
 
@@ -224,8 +227,9 @@ class Running(ABC):
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each parameter group."""
-    return [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+    """The learning rate of each parameter group; 1 where there is none, or where the optimizer sets it (None)."""
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    return [1.0 if rate is None else float(rate) for rate in rates]
 
 
 def agreed_rates(optimizer: Optimizer, workers: Workers, round: Round) -> list[float]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import Running, Synced
+from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
 from lightning_slowmo.averaging.averager import copy_state
 from lightning_slowmo.communication.meeting import Level, Round
@@ -59,7 +60,7 @@ class RunningOuterLoop(Running):
         self,
         base: Running,
         sync_every: int,
-        buffers: Literal["reset", "maintain", "average"],
+        buffers: InnerBuffers,
         optimizer: Optimizer,
         workers: Workers,
         average: bool = True,
@@ -148,10 +149,7 @@ class RunningOuterLoop(Running):
         taken begins here.
         """
         elsewhere = self.layout.outside(self.averager.fragment)
-        if self.buffers == "reset":
-            inner_buffers.reset(self.optimizer, elsewhere)
-        elif self.buffers == "average":
-            inner_buffers.average(self.optimizer, self.workers, elsewhere)
+        inner_buffers.treat(self.buffers, self.optimizer, self.workers, elsewhere)
 
     def _move(self, scalars: Sequence[Scalars], block: Block, total: Tensor, weight: float) -> None:
         """Let the rule move one block of the anchor, and the parameters with it."""
