@@ -105,10 +105,15 @@ class Training:
         problem: Problem,
         optimizer: Callable[..., Optimizer] = PLAIN,
         dtype: torch.dtype = torch.float64,
+        start: Array | None = None,
     ) -> None:
         self.workers = workers
         self.problem = problem
-        self.parameters = [Parameter(torch.tensor(value, dtype=dtype)) for value in problem.initial()]
+        initial = problem.initial()
+        if start is not None:
+            pieces = np.split(start, np.cumsum([value.size for value in initial])[:-1])
+            initial = [piece.reshape(value.shape) for piece, value in zip(pieces, initial, strict=True)]
+        self.parameters = [Parameter(torch.tensor(value, dtype=dtype)) for value in initial]
         left = iter(self.parameters)
         self.optimizer = optimizer([{"params": [next(left) for _ in group]} for group in problem.groups])
         self.engine = Engine(algorithm, [self.optimizer], workers)
