@@ -1,7 +1,6 @@
 """SQuARM-SGD against its listing with a copy of every estimate, and its identities."""
 
 import math
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -201,21 +200,6 @@ def test_estimates_equal_their_copies_at_the_neighbours_bit_for_bit(workers, cas
             for peer, copy in copies.items():
                 assert torch.cat(copy).tolist() == rows[peer]
         assert messages
-
-
-@on_threads(2, 3)
-def test_a_resumed_run_is_bit_for_bit_the_same(workers):
-    squarm = SQuARM("ring", 2, QSGD(3, contractive=True), 0.3, Threshold(60.0, 10.0, every=2))
-    whole = Training(workers, squarm, CHANGING, NESTEROV)
-    for _ in range(9):
-        whole.step()
-    shared, local = whole.engine.shared_state(), whole.engine.local_state()
-    resumed = Training(workers, squarm, CHANGING, NESTEROV)
-    resumed.steps = 9
-    resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
-    resumed.engine.load_shared_state(shared)
-    resumed.engine.load_local_state(local)
-    assert np.array_equal(resumed.trajectory(), whole.trajectory())
 
 
 def test_the_threshold_grows_and_stops():

@@ -11,7 +11,18 @@ import torch
 from lightning_slowmo import SensedSGD, SketchedSGD, SyncError
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression.indices import index_bytes
-from tests.algorithms.training import CHANGING, PLAIN, STEPS, Problem, Training, differ, same, small_buckets, train
+from tests.algorithms.training import (
+    CHANGING,
+    PLAIN,
+    STEPS,
+    Problem,
+    Training,
+    differ,
+    goes_on_bit_exactly,
+    same,
+    small_buckets,
+    train,
+)
 from tests.on_workers import on_threads
 
 PROBLEM = replace(CHANGING, groups=(((3, 2), (), (17, 3)), ((7,), (0,), (2, 1, 3), (40,))))
@@ -203,15 +214,7 @@ def test_bytes_are_as_predicted(workers, case):
 @on_threads(2, 3, each=[SKETCHED, SENSED])
 def test_a_resumed_run_is_bit_for_bit_the_same(workers, case):
     with small_buckets(workers):
-        whole = Training(workers, case, PROBLEM)
-        for _ in range(9):
-            whole.step()
-        shared, local = deepcopy(whole.engine.shared_state()), deepcopy(whole.engine.local_state())
-        resumed = Training(workers, case, PROBLEM)
-        resumed.steps = 9
-        resumed.engine.load_shared_state(shared)
-        resumed.engine.load_local_state(local)
-        assert np.array_equal(resumed.trajectory(), whole.trajectory())
+        goes_on_bit_exactly(partial(Training, workers, case, PROBLEM), at=9)
 
 
 @on_threads(3, each=[SKETCHED, SENSED])

@@ -1,6 +1,5 @@
 """APMSqueeze against Adam, a numpy listing with a frozen second moment, and its own accounts."""
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ from lightning_slowmo.communication.compressed import mean_bytes
 from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Identity, Sign, TopK
-from tests.algorithms.training import CHANGING, STEPS, Training, same, small_buckets, train
+from tests.algorithms.training import CHANGING, STEPS, Training, goes_on_bit_exactly, same, small_buckets, train
 from tests.on_workers import on_threads
 
 B1, B2, EPS, DECAY = 0.9, 0.98, 1e-8, 0.1
@@ -179,16 +178,8 @@ def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(worke
     for cut, below in ((3, 0), (10, 0), (3, 7), (10, 7)):
         algorithm = APMSqueeze(6, uncompressed_below=below)
         with small_buckets(workers):
-            whole = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
-            for _ in range(cut):
-                whole.step()
-            shared, local = whole.engine.shared_state(), whole.engine.local_state()
-            resumed = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
-            resumed.steps = cut
-            resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
-            resumed.engine.load_shared_state(shared)
-            resumed.engine.load_local_state(local)
-            assert np.array_equal(resumed.trajectory(), whole.trajectory())
+            make = partial(Training, workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
+            goes_on_bit_exactly(make, at=cut)
 
 
 @on_threads(2)

@@ -1,6 +1,5 @@
 """Averages that overlap with steps and go by fragments: against numpy, their special cases, and in trouble."""
 
-import io
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,7 +21,17 @@ from tests import harness
 from tests.algorithms import reference
 from tests.algorithms.test_trajectories import INNER
 from tests.algorithms.training import CHANGING as FEW
-from tests.algorithms.training import MOMENTUM, PLAIN, Problem, Training, differ, same, small_buckets, train
+from tests.algorithms.training import (
+    MOMENTUM,
+    PLAIN,
+    Problem,
+    Training,
+    differ,
+    goes_on_bit_exactly,
+    same,
+    small_buckets,
+    train,
+)
 from tests.on_workers import on_threads
 
 SIZES = (1, 2, 3, 4)
@@ -254,21 +263,10 @@ def test_the_consensus_in_flight_is_the_mean_of_the_corrected_workers(workers):
 def test_training_goes_on_bit_exactly_from_any_step_of_a_period(workers):
     for algorithm in streaming(workers):
         expected = train(workers, algorithm, CHANGING, MOMENTUM)
-        before = Training(workers, algorithm, CHANGING, MOMENTUM)
-        for _ in range(EVERY):
-            before.step()
+        make = partial(Training, workers, algorithm, CHANGING, MOMENTUM)
+        before = make()
         for step in range(EVERY + 1, 2 * EVERY + 1):
-            before.step()
-            file, engine = io.BytesIO(), before.engine
-            torch.save([engine.shared_state(), engine.local_state(), before.optimizer.state_dict()], file)
-            file.seek(0)
-            shared, local, inner = torch.load(file, weights_only=True)
-            after = Training(workers, algorithm, CHANGING, MOMENTUM)
-            after.optimizer.load_state_dict(inner)
-            after.engine.load_shared_state(shared)
-            after.engine.load_local_state(local)
-            after.steps = step
-            np.testing.assert_array_equal(after.trajectory(), expected[step:])
+            goes_on_bit_exactly(make, step, before, expected)
 
 
 @on_threads(2, 3)
