@@ -1,5 +1,6 @@
 """Random numbers that are a function of (seed, counter): the same bits on every worker, processor and device."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,10 +30,7 @@ def hashed(seed: Tensor, counter: Tensor) -> Tensor:
     Returns:
         int64 tensor of uniform numbers in [0, 2**63).
     """
-    state = seed + counter * _signed(_GOLDEN)
-    state = (state ^ _shifted(state, 30)) * _signed(_FIRST)
-    state = (state ^ _shifted(state, 27)) * _signed(_SECOND)
-    return (state ^ _shifted(state, 31)) & (2**63 - 1)
+    return _words(seed, counter) & (2**63 - 1)
 
 
 def seeded_generator(seed: int, rank: int = 0, round: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
@@ -45,7 +43,8 @@ def seeded_generator(seed: int, rank: int = 0, round: int = 0, device: torch.dev
         seed: seed of the run.
         rank: number of the worker.
         round: number of the meeting.
-        device: where the random numbers are drawn; it must be the device of the tensors that are compressed.
+        device: where the random numbers are drawn. Compressors draw one number for each vector, wherever that is, so
+            that a generator on the CPU serves vectors on a GPU, and both then draw the same.
 
     Returns:
         A new generator; the global one is neither read nor advanced.
@@ -58,10 +57,60 @@ def seeded_generator(seed: int, rank: int = 0, round: int = 0, device: torch.dev
     return torch.Generator(device).manual_seed(mix(seed, rank, round))
 
 
-def random_bytes(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """``count`` random bytes, cut from 64-bit draws: an eighth of the draws that one number per byte would take."""
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device=device)
-    return words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count]
+def draw_key(generator: torch.Generator, device: torch.device) -> Tensor:
+    """The next 64 bits of ``generator``, as an int64 tensor of one element on ``device``."""
+    key = torch.empty(1, dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+    if key.device.type == device.type:
+        return key.to(device)
+    # A constant is an argument of the kernel that writes it, where a copy would wait for the device.
+    return torch.full((1,), int(key), device=device)
+
+
+class QuantizerNoise:
+    """The random bits with which buckets of elements are rounded: the SplitMix64 stream of one key.
+
+    Word ``-1 - b // 4`` of the stream has 16 bits for bucket ``b``: the ``b % 4``-th lowest. Word ``b * w + i // 8``
+    has 8 bits for element ``i`` of bucket ``b``: the ``i % 8``-th lowest; ``w`` is an eighth of the bucket's length,
+    rounded up. A word thus serves eight elements, and any part of the noise can be made by itself, in any order.
+
+    Args:
+        key: int64 tensor of one element.
+        bucket: length of a bucket.
+        buckets: number of buckets.
+        longest: largest number of buckets that :meth:`fine` is asked for at once.
+    """
+
+    def __init__(self, key: Tensor, bucket: int, buckets: int, longest: int) -> None:
+        self.key, self.words = key, -(-bucket // 8)
+        if key.device.type == "cpu":  # numpy shifts without sign, in place: half the time of torch's operations
+            self._key = key.numpy().view(np.uint64)
+            self._steps = np.arange(longest * self.words, dtype=np.uint64) * np.uint64(_GOLDEN)
+            self._state, self._scratch = np.empty_like(self._steps), np.empty_like(self._steps)
+        self.coarse = _words(key, -1 - torch.arange(-(-buckets // 4), device=key.device)).view(torch.int16)[:buckets]
+
+    def fine(self, first: int, rows: int, width: int) -> Tensor:
+        """Bytes for the first ``width`` elements of ``rows`` buckets: ``uint8``, valid until the next call."""
+        begin, count = first * self.words, rows * self.words
+        if self.key.device.type == "cpu":
+            state, scratch = self._state[:count], self._scratch[:count]
+            np.add(self._steps[:count], self._key + np.uint64(begin * _GOLDEN & _MASK), out=state)
+            for places, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+                np.right_shift(state, np.uint64(places), out=scratch)
+                np.bitwise_xor(state, scratch, out=state)
+                if factor > 1:
+                    np.multiply(state, np.uint64(factor), out=state)
+            words = torch.from_numpy(state.view(np.int64))
+        else:
+            words = _words(self.key, torch.arange(begin, begin + count, device=self.key.device))
+        return words.view(torch.uint8).view(rows, 8 * self.words)[:, :width]
+
+
+def _words(seed: Tensor, counter: Tensor) -> Tensor:
+    """64 random bits, as int64, for each counter."""
+    state = seed + counter * _signed(_GOLDEN)
+    state = (state ^ _shifted(state, 30)) * _signed(_FIRST)
+    state = (state ^ _shifted(state, 27)) * _signed(_SECOND)
+    return state ^ _shifted(state, 31)
 
 
 def _signed(constant: int) -> int:
