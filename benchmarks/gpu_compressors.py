@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_compressors                                     # on a GPU, less than 90 seconds
     python -m benchmarks.gpu_compressors --device cpu --elements 100000      # to see that it runs
 
-Times are wall times of encoding and of decoding, the fastest of several, divided by that of a copy of the float32 vector
-on the device. They include the wait at the end of an encoding in which a vector that is not finite would be refused.
-The vector is cut as ResNet-50 is, into 161 tensors, or is one tensor.
+Times are wall times of encoding and of decoding, the fastest of several, divided by that of a copy of the float32
+vector on the device. An encoding ends with a wait for the device, in which a vector that is not finite is refused. The
+vector is cut as ResNet-50 is, into 161 tensors, or is one tensor.
 """
 
 from __future__ import annotations

@@ -7,6 +7,11 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
+_ROUNDS = [(np.uint64(30), np.uint64(_FIRST)), (np.uint64(27), np.uint64(_SECOND)), (np.uint64(31), None)]
+_STEPS = np.arange(1 << 14, dtype=np.uint64) * np.uint64(_GOLDEN)  # a length that leaves the cache to others
+
+_BATCH = 2048
+"""Words that are made at least at once: many small tensors follow one another."""
 
 
 def mix(*numbers: int) -> int:
@@ -83,26 +88,35 @@ class QuantizerNoise:
     def __init__(self, key: Tensor, bucket: int, buckets: int, longest: int) -> None:
         self.key, self.words = key, -(-bucket // 8)
         if key.device.type == "cpu":  # numpy shifts without sign, in place: half the time of torch's operations
-            self._key = key.numpy().view(np.uint64)
-            self._steps = np.arange(longest * self.words, dtype=np.uint64) * np.uint64(_GOLDEN)
-            self._state, self._scratch = np.empty_like(self._steps), np.empty_like(self._steps)
+            self._start = int(key)
+            self._made = np.empty(max(longest * self.words, _BATCH), dtype=np.uint64)
+            self._scratch = np.empty(min(len(self._made), len(_STEPS)), dtype=np.uint64)
+            self._from = self._until = 0
         self.coarse = _words(key, -1 - torch.arange(-(-buckets // 4), device=key.device)).view(torch.int16)[:buckets]
 
     def fine(self, first: int, rows: int, width: int) -> Tensor:
         """Bytes for the first ``width`` elements of ``rows`` buckets: ``uint8``, valid until the next call."""
-        begin, count = first * self.words, rows * self.words
+        begin, end = first * self.words, (first + rows) * self.words
         if self.key.device.type == "cpu":
-            state, scratch = self._state[:count], self._scratch[:count]
-            np.add(self._steps[:count], self._key + np.uint64(begin * _GOLDEN & _MASK), out=state)
-            for places, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-                np.right_shift(state, np.uint64(places), out=scratch)
-                np.bitwise_xor(state, scratch, out=state)
-                if factor > 1:
-                    np.multiply(state, np.uint64(factor), out=state)
-            words = torch.from_numpy(state.view(np.int64))
+            if not self._from <= begin <= end <= self._until:
+                self._make(begin, max(end - begin, _BATCH))
+            words = torch.from_numpy(self._made[begin - self._from : end - self._from].view(np.int64))
         else:
-            words = _words(self.key, torch.arange(begin, begin + count, device=self.key.device))
+            words = _words(self.key, torch.arange(begin, end, device=self.key.device))
         return words.view(torch.uint8).view(rows, 8 * self.words)[:, :width]
+
+    def _make(self, begin: int, count: int) -> None:
+        """Make words ``begin`` to ``begin + count``."""
+        for done in range(0, count, len(_STEPS)):
+            state = self._made[done : min(done + len(_STEPS), count)]
+            scratch = self._scratch[: len(state)]
+            np.add(_STEPS[: len(state)], np.uint64(self._start + (begin + done) * _GOLDEN & _MASK), out=state)
+            for places, factor in _ROUNDS:
+                np.right_shift(state, places, out=scratch)
+                np.bitwise_xor(state, scratch, out=state)
+                if factor:
+                    np.multiply(state, factor, out=state)
+        self._from, self._until = begin, begin + count
 
 
 def _words(seed: Tensor, counter: Tensor) -> Tensor:

