@@ -45,6 +45,7 @@ class FiniteCheck:
         """
         if not self._flags:
             return
-        for question, flag in zip(self._questions, torch.cat(self._flags).tolist(), strict=True):
+        flags = self._flags[0] if len(self._flags) == 1 else torch.cat(self._flags)
+        for question, flag in zip(self._questions, flags.tolist(), strict=True):
             if flag:
                 raise ValueError(question)

@@ -73,6 +73,10 @@ class CountSketch(Compressor):
             Table of shape (rows, columns), float64 for a float64 vector, else float32.
         """
         table = torch.empty(self.rows, self.columns, dtype=compute_dtype(flat.dtype), device=flat.device)
+        return self._sketch(flat, table)
+
+    def _sketch(self, flat: Tensor, table: Tensor) -> Tensor:
+        """Fill ``table``."""
         if kernels.available(flat):
             from lightning_slowmo.compression.kernels.sketch import sketch
 
@@ -95,7 +99,11 @@ class CountSketch(Compressor):
         Returns:
             1-D tensor of ``length`` elements, of the table's type.
         """
-        out = table.new_empty(length)
+        return self._estimate(table, table.new_empty(length))
+
+    def _estimate(self, table: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out``."""
+        length = out.numel()
         if kernels.available(table):
             from lightning_slowmo.compression.kernels.sketch import estimate
 
@@ -146,11 +154,11 @@ class CountSketch(Compressor):
         fields: list[Tensor],
         check: FiniteCheck,
     ) -> None:
-        fields[0].view(self.rows, self.columns).copy_(self.sketch(flat))
+        self._sketch(flat, fields[0].view(self.rows, self.columns))
         check.require(fields[0], self)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
-        out.copy_(self.estimate(fields[0].view(self.rows, self.columns), out.numel()))
+        self._estimate(fields[0].view(self.rows, self.columns), out)
 
 
 @lru_cache(maxsize=8)

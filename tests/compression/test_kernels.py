@@ -42,10 +42,9 @@ def test_every_kernel_compiles_for_a_gpu():
 
 def test_triton_is_not_imported_with_the_package():
     """It takes a second, and is not installed everywhere."""
-    assert (
-        run("-c", "import sys, lightning_slowmo.compression; assert 'triton.language' not in sys.modules").returncode
-        == 0
-    )
+    script = "import sys, lightning_slowmo.compression; print(*sys.modules)"
+    loaded = {name for name in run("-c", script).stdout.split() if name.startswith(kernels.__name__)}
+    assert loaded == {kernels.__name__}
 
 
 def test_the_interpreter_must_be_chosen_before():
