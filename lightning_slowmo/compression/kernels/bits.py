@@ -1,6 +1,6 @@
 """Codes of b bits in the planes of ``packing.py``, and sets of indices in the code of ``indices.py``."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton

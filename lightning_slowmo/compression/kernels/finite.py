@@ -1,6 +1,6 @@
 """Whether a vector is finite, noted on the device."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton

@@ -1,6 +1,6 @@
 """Random places in all tensors at once: see ``RandomK``."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton
@@ -33,5 +33,5 @@ def random_places(key: Tensor, segments: tuple[int, ...], counts: tuple[int, ...
     cut = simple_tiles(counts, key.device)
     indices = torch.empty(sum(counts), dtype=torch.int64, device=key.device)
     table = kept(segments, counts, key.device)
-    launch(_random_places, cut.count, key, cut.table, table, indices, TILE=TILE, FIELDS=FIELDS, num_warps=8)
+    launch(_random_places, cut.number, key, cut.table, table, indices, TILE=TILE, FIELDS=FIELDS, num_warps=8)
     return indices

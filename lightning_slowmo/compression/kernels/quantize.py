@@ -4,7 +4,7 @@ The arithmetic is that of the torch code, operation by operation, without fused 
 roots that are rounded correctly: where norms are equal, codes and decoded elements have equal bits.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton
@@ -177,7 +177,7 @@ def quantize(
     cut = tiles(segments, bucket, rows, flat.device)
     limits = torch.finfo(norms.dtype)
     launch(
-        _quantize, cut.count, flat, norms, codes, cut.table, norms if key is None else key, -(-bucket // 8),
+        _quantize, cut.number, flat, norms, codes, cut.table, norms if key is None else key, -(-bucket // 8),
         L2=norm == "l2", RANDOM=key is not None, LEVELS=levels, OFFSET=0 if key is None else levels,
         SMALLEST=limits.tiny * 2.0**16, ROUND=1.5 / limits.eps, CHUNKS=-(-bucket // width), ROWS=rows,
         WORDS=width // 8, FIELDS=FIELDS, num_warps=8,
@@ -202,7 +202,7 @@ def dequantize(
     rows = TILE // width
     cut = tiles(segments, bucket, rows, out.device)
     launch(
-        _dequantize, cut.count, packed, norms, norms if steps is None else steps, out, cut.table, out.numel(),
+        _dequantize, cut.number, packed, norms, norms if steps is None else steps, out, cut.table, out.numel(),
         BITS=bits or 8, SIGNED=bits is None, LEVELS=levels, TABLE=steps is not None, CHUNKS=-(-bucket // width),
         ROWS=rows, WIDTH=width, FIELDS=FIELDS, num_warps=8,
     )  # fmt: skip
@@ -212,8 +212,8 @@ def signs(flat: Tensor, segments: tuple[int, ...], norms: Tensor, l2: bool) -> T
     """Ones and zeros for the signs of ``flat``; fill ``norms`` with the norm of each tensor."""
     cut = simple_tiles(segments, flat.device)
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    sums = norms.new_empty(cut.count)
-    launch(_signs, cut.count, flat, codes, sums, cut.table, L2=l2, TILE=TILE, FIELDS=FIELDS, num_warps=8)
+    sums = norms.new_empty(cut.number)
+    launch(_signs, cut.number, flat, codes, sums, cut.table, L2=l2, TILE=TILE, FIELDS=FIELDS, num_warps=8)
     launch(_add_tiles, len(segments), sums, cut.first, norms, L2=l2, BLOCK=1024)
     return codes
 
@@ -222,4 +222,4 @@ def decode_signs(packed: Tensor, scales: Tensor, segments: tuple[int, ...], out:
     """Fill ``out`` with plus or minus the scale of its tensor."""
     cut = simple_tiles(segments, out.device)
     sizes = {"TILE": TILE, "FIELDS": FIELDS}
-    launch(_decode_signs, cut.count, packed, scales, out, cut.table, out.numel(), num_warps=8, **sizes)
+    launch(_decode_signs, cut.number, packed, scales, out, cut.table, out.numel(), num_warps=8, **sizes)

@@ -1,6 +1,6 @@
 """The SplitMix64 stream of ``hashing.py`` in a kernel."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl

@@ -12,7 +12,7 @@ that tensor. All of it is decided on the device.
 from functools import lru_cache
 from math import ceil, sqrt
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 import torch
 import triton
 import triton.language as tl
@@ -160,13 +160,13 @@ def top_indices(flat: Tensor, segments: tuple[int, ...], counts: tuple[int, ...]
         rest = bits - _DIGIT * max(0, turn - 1)  # bits that are not known yet; the second turn repeats the first
         shift = max(0, rest - _DIGIT)
         step = {"DIGIT": rest - shift, "FIRST": turn < 2, "AGAIN": turn == 1, "BINS": _BINS, "num_warps": 8}
-        launch(_histogram, cut.count, values, cut.table, state, bins[turn], number, SHIFT=shift, **sizes, **step)
+        launch(_histogram, cut.number, values, cut.table, state, bins[turn], number, SHIFT=shift, **sizes, **step)
         launch(_next_digit, number, bins[turn], state, number, **step)
-    before = torch.empty(cut.count + 1, dtype=torch.int64, device=device)
+    before = torch.empty(cut.number + 1, dtype=torch.int64, device=device)
     indices = torch.empty(sum(counts), dtype=torch.int64, device=device)
-    launch(_count_kept, cut.count, values, cut.table, state, before, number, num_warps=8, **sizes)
+    launch(_count_kept, cut.number, values, cut.table, state, before, number, num_warps=8, **sizes)
     tables = cut.table, cut.first, kept(segments, counts, device)
-    launch(_list_kept, cut.count, values, *tables, state, before.cumsum(0), indices, number, num_warps=8, **sizes)
+    launch(_list_kept, cut.number, values, *tables, state, before.cumsum(0), indices, number, num_warps=8, **sizes)
     return indices
 
 

@@ -1,6 +1,6 @@
 """Count-Sketch: all rows of the table, or all elements of the estimate, in one launch."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (arguments of a kernel are what Triton makes of them)
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl

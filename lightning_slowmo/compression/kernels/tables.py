@@ -23,12 +23,12 @@ class Tiles(NamedTuple):
     Attributes:
         table: int64 of shape (tiles, 5): first element, rows, width, first bucket, and number of the tensor.
         first: int64, the first tile of each tensor, and after the last one the number of tiles.
-        count: number of tiles.
+        number: how many tiles there are.
     """
 
     table: Tensor
     first: Tensor
-    count: int
+    number: int
 
 
 @lru_cache(maxsize=64)
