@@ -10,8 +10,8 @@ _MASK = 2**64 - 1
 _ROUNDS = [(np.uint64(30), np.uint64(_FIRST)), (np.uint64(27), np.uint64(_SECOND)), (np.uint64(31), None)]
 _STEPS = np.arange(1 << 14, dtype=np.uint64) * np.uint64(_GOLDEN)  # a length that leaves the cache to others
 
-_BATCH = 2048
-"""Words that are made at least at once: many small tensors follow one another."""
+_BATCH = 1 << 15
+"""Words that are made at once, or a few more: many small tensors follow one another."""
 
 
 def mix(*numbers: int) -> int:
@@ -89,9 +89,10 @@ class QuantizerNoise:
         self.key, self.words = key, -(-bucket // 8)
         if key.device.type == "cpu":  # numpy shifts without sign, in place: half the time of torch's operations
             self._start = int(key)
-            self._made = np.empty(max(longest * self.words, _BATCH), dtype=np.uint64)
+            self._made = np.empty(min(max(longest, 1 + _BATCH // self.words), buckets) * self.words, dtype=np.uint64)
             self._scratch = np.empty(min(len(self._made), len(_STEPS)), dtype=np.uint64)
             self._from = self._until = 0
+            self._total = buckets * self.words
         self.coarse = _words(key, -1 - torch.arange(-(-buckets // 4), device=key.device)).view(torch.int16)[:buckets]
 
     def fine(self, first: int, rows: int, width: int) -> Tensor:
@@ -99,15 +100,18 @@ class QuantizerNoise:
         begin, end = first * self.words, (first + rows) * self.words
         if self.key.device.type == "cpu":
             if not self._from <= begin <= end <= self._until:
-                self._make(begin, max(end - begin, _BATCH))
+                self._make(begin)
             words = torch.from_numpy(self._made[begin - self._from : end - self._from].view(np.int64))
         else:
             words = _words(self.key, torch.arange(begin, end, device=self.key.device))
         return words.view(torch.uint8).view(rows, 8 * self.words)[:, :width]
 
-    def _make(self, begin: int, count: int) -> None:
-        """Make words ``begin`` to ``begin + count``."""
-        for done in range(0, count, len(_STEPS)):
+    def _make(self, begin: int) -> None:
+        """Make as many words from ``begin`` on as there is room for; those that are there already are moved."""
+        there = self._until - begin if self._from <= begin <= self._until else 0
+        self._made[:there] = self._made[begin - self._from : begin - self._from + there]
+        count = min(len(self._made), self._total - begin)
+        for done in range(there, count, len(_STEPS)):
             state = self._made[done : min(done + len(_STEPS), count)]
             scratch = self._scratch[: len(state)]
             np.add(_STEPS[: len(state)], np.uint64(self._start + (begin + done) * _GOLDEN & _MASK), out=state)
