@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lightning_slowmo.communication.failures import Failures
 from lightning_slowmo.communication.pipeline import Transfer
+from lightning_slowmo.communication.staging import Stage, Staged
+from lightning_slowmo.communication.transport import Transport
 from lightning_slowmo.communication.workers import SyncError
 from lightning_slowmo.private import default_store
 
@@ -57,13 +59,26 @@ class TorchTransport:
         """Operations that all processes have taken part in: tells one occasion to wait from the others."""
 
     @classmethod
-    def of_world(cls, timeout: timedelta, device: torch.device | str = "cpu") -> TorchTransport | None:
-        """All processes of ``torch.distributed``; None if this one is alone."""
+    def of_world(
+        cls, timeout: timedelta, device: torch.device | str = "cpu", backend: str | None = None
+    ) -> Transport | None:
+        """All processes of ``torch.distributed``; None if this one is alone.
+
+        Args:
+            timeout: how long to wait for the others.
+            device: of the tensors that travel.
+            backend: what they travel by, also as ``"cpu:gloo,cuda:nccl"``; None: torch's usual one for the device.
+
+        Raises:
+            ValueError: if ``backend`` says nothing about the device.
+        """
+        device = torch.device(device)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
-        backend = dist.Backend.default_device_backend_map[torch.device(device).type]
-        data, control = (_new_group(None, kind, timeout) for kind in (backend, "gloo"))
-        return cls(data, control, backend, timeout)
+        kind = backend_for(device, backend)
+        data, control = _new_group(None, kind, timeout), _new_group(None, "gloo", timeout)
+        transport = cls(data, control, kind, timeout)
+        return Staged(transport, Stage(device)) if kind == "gloo" and device.type != "cpu" else transport
 
     # Tensors ----------------------------------------------------------------------------------------------------------
 
@@ -212,6 +227,26 @@ class TorchTransport:
         if not dist.is_initialized():
             return SyncError(f"{self.names[self.rank]} could not meet the other workers for {purpose}. {error}")
         return self.failures.absence(purpose, str(self._operations), error, peers, lost)
+
+
+def backend_for(device: torch.device, backend: str | None) -> str:
+    """The backend that tensors of a device travel by.
+
+    Args:
+        device: of the tensors.
+        backend: as for ``init_process_group``; None: torch's usual one for the device.
+
+    Raises:
+        ValueError: if ``backend`` says nothing about the device.
+    """
+    if backend is None:
+        return dist.Backend.default_device_backend_map[device.type]
+    if ":" not in backend:
+        return backend.lower()
+    by_device = dict(part.strip().split(":", 1) for part in backend.lower().split(","))
+    if device.type not in by_device:
+        raise ValueError(f"process_group_backend={backend!r} says nothing about {device.type} tensors.")
+    return by_device[device.type]
 
 
 def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.ProcessGroup:
