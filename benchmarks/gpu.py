@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --device cpu --scale 0.01    # to see that it runs
 
 One worker, alone, does everything that it does among others: it looks whether parameters are finite, packs them, moves
-anchor and momentum, measures the drift and writes the new parameters; only the transfer is missing. Times are wall times
-with the device idle before and after, the median of several. A copy reads and writes all parameters once, so a SlowMo
-sync that packs costs 4.5 copies if it does nothing but read and write what it must, and LocalSGD's 2.5.
+anchor and momentum, measures the drift and writes the new parameters; only the transfer is missing. Times are wall
+times from an idle device to an idle device, the median of several. A copy reads and writes all parameters once. A sync
+that does nothing but read and write what it must costs 4.5 copies with SlowMo and 2.5 with LocalSGD: 0.5 to look whether
+parameters are finite, 1 to pack them, and 3 or 1 to make new ones.
 
 The tables of the compressors are those of ``benchmarks/gpu_compressors.py``.
 """
@@ -95,7 +96,7 @@ def allotted(device: torch.device) -> int:
 def row(
     algorithm: Algorithm, shapes: Shapes, dtype: torch.dtype, device: torch.device, repeats: int, copy: float
 ) -> list[str]:
-    """Measure one algorithm: time in copies, launches, time in kernels, and memory beyond what training itself needs."""
+    """Measure one algorithm: time, launches, and memory beyond parameters, in the columns of ``main``'s tables."""
     torch.manual_seed(0)
     model = [Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     bytes_of_model = sum(tensor.numel() * tensor.element_size() for tensor in model)

@@ -6,6 +6,7 @@ tensors, and a *control* group on gloo for headers, so that a decision never wai
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -24,6 +25,13 @@ from lightning_slowmo.private import default_store
 
 LOOK_EVERY = timedelta(seconds=1)
 """How often a worker that waits for headers looks whether another one has failed."""
+
+
+FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
+"""Seconds between two looks whether NCCL is done: short at first, for short messages."""
+
+NCCL_GRACE = timedelta(minutes=5)
+"""How much longer than a worker NCCL's watchdog waits: it ends the process, and names nobody."""
 
 
 class TorchTransport:
@@ -217,9 +225,36 @@ class TorchTransport:
         """
         try:
             if work is not None:
+                if self.backend == "nccl":
+                    self._wait_for_device(work)
                 work.wait()
         except RuntimeError as error:
             raise self._absence(purpose, error, peers) from error
+
+    def _wait_for_device(self, work: dist.Work) -> None:
+        """Look on the host until NCCL has done its work.
+
+        NCCL's own ``wait`` only lets the GPU wait, for ever if a worker is gone, and whoever looks at a tensor then
+        hangs. Other messages and kernels go on meanwhile, and what depends on this one could not begin anyway.
+
+        Raises:
+            RuntimeError: if it failed, another worker has, or it took longer than the timeout.
+        """
+        start = looked = time.monotonic()
+        pause = FIRST_PAUSE
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - start > self.timeout.total_seconds():
+                raise RuntimeError(f"NCCL did not end within {self.timeout}.")
+            if now - looked > LOOK_EVERY.total_seconds():
+                looked = now
+                if self.failures.any():
+                    raise RuntimeError("Another worker has failed.")
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
+        reason = work.exception()
+        if reason is not None:
+            raise RuntimeError(f"NCCL failed. {reason}")
 
     def _absence(
         self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
@@ -250,4 +285,14 @@ def backend_for(device: torch.device, backend: str | None) -> str:
 
 
 def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))
+    if backend != "nccl":
+        return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))
+    # At an error NCCL's watchdog would end the process before anybody is named; here, whoever waits sees the error.
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    users_own = os.environ.get(name)
+    os.environ[name] = "0" if users_own is None else users_own
+    try:
+        return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout + NCCL_GRACE))
+    finally:
+        if users_own is None:
+            del os.environ[name]
