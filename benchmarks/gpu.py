@@ -6,8 +6,8 @@
 One worker, alone, does everything that it does among others: it looks whether parameters are finite, packs them, moves
 anchor and momentum, measures the drift and writes the new parameters; only the transfer is missing. Times are wall
 times from an idle device to an idle device, the median of several. A copy reads and writes all parameters once. A sync
-that does nothing but read and write what it must costs 4.5 copies with SlowMo and 2.5 with LocalSGD: 0.5 to look whether
-parameters are finite, 1 to pack them, and 3 or 1 to make new ones.
+that does nothing but read and write what it must costs 4.5 copies with SlowMo and 2.5 with LocalSGD: 0.5 to look
+whether parameters are finite, 1 to pack them, and 3 or 1 to make new ones.
 
 The tables of the compressors are those of ``benchmarks/gpu_compressors.py``.
 """

