@@ -13,7 +13,7 @@ extras-dev := dev
 extras-everything := dev,translation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test oldest translation faults lint format clean
+.PHONY: help setup quickstart test oldest translation faults gpu lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,9 @@ translation: .venv/everything.stamp  ## run the tests that need fairseq, which `
 faults: .venv/dev.stamp  ## run the slow tests, then COUNT faults drawn from SEED: workers that die, wait and fail
 	$(BIN)/python -m pytest -m faults
 	$(BIN)/python -m tests.faults.campaign --seed $(SEED) --count $(COUNT)
+
+gpu: .venv/dev.stamp  ## run what only a GPU can show, in four minutes on one card; skipped where there is none
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: .venv/dev.stamp  ## check style and types
 	$(BIN)/ruff check

@@ -26,7 +26,8 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import Algorithm, SyncReport, are_finite, learning_rates
+from lightning_slowmo.algorithms.base import Algorithm, SyncReport, learning_rates
+from lightning_slowmo.averaging.finite import is_finite
 from lightning_slowmo.communication.broadcast import broadcast_state, broadcast_tensors
 from lightning_slowmo.communication.meeting import Header, Level, Meeting, Reason, meet
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
@@ -286,7 +287,7 @@ class Engine:
             stop=self.stop,
             terminate=self.terminate,
             save=self.save,
-            poisoned=checked and not all(are_finite(running.layout.parameters) for running in self.units),
+            poisoned=checked and not all(is_finite(running.layout) for running in self.units),
             rates=zlib.crc32(repr(rates).encode()),
             pending=pending,
         )

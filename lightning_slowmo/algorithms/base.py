@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +17,6 @@ from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Layout
-from lightning_slowmo.private import foreach_norm
 
 
 @dataclass(frozen=True)
@@ -238,18 +235,6 @@ def agreed_rates(optimizer: Optimizer, workers: Workers, round: Round) -> list[f
     if round.same_rates:
         return rates
     return [math.fsum(column) / workers.size for column in zip(*workers.gather(rates), strict=True)]
-
-
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements of all tensors are finite."""
-    if not tensors:
-        return True
-    tensors = [tensor.detach() for tensor in tensors]
-    norms = [norm.double() for norm in foreach_norm(tensors)]
-    if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
-        return True
-    # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def check_period(name: str, value: Any, least: int = 1) -> None:

@@ -35,7 +35,7 @@ class Averager(ABC):
     def __init__(self, layout: Layout, workers: Workers) -> None:
         self.layout = layout
         self.workers = workers
-        self.scratch = Scratch()
+        self.scratch = Scratch(layout.sizes.in_flight)
         self.fragment = 0
 
     @abstractmethod
