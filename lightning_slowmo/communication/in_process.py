@@ -103,6 +103,13 @@ class InProcessTransport:
     def let_others_hear(self) -> None:
         """Nothing to wait for: the room stays."""
 
+    def listen(self, all_the_time: bool) -> None:
+        """Nothing to do: whoever waits is woken up."""
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """Nothing to explain: threads communicate by this transport alone."""
+        return None
+
     def _meet(self, contribution: Any, combine: Callable[[list], None], purpose: str) -> Transfer[None]:
         occasion = self._operations
         self._operations += 1
@@ -117,17 +124,19 @@ class Room:
     Args:
         names: what to call each worker in messages.
         timeout: how long they wait for one another.
+        whole: the room of all workers, if this is one of a part of them; it knows who has failed.
     """
 
-    def __init__(self, names: Sequence[str], timeout: timedelta) -> None:
+    def __init__(self, names: Sequence[str], timeout: timedelta, whole: Room | None = None) -> None:
         self.names = list(names)
         self.size = len(self.names)
         self.timeout = timeout
-        self._changed = threading.Condition()
+        self._whole = whole or self
+        self._changed: threading.Condition = whole._changed if whole else threading.Condition()
         self._contributions: dict[int, dict[int, Any]] = {}
         self._leaving: dict[int, int] = {}
         self._mail: dict[tuple[int, int], deque[Tensor]] = {}
-        self._failures: dict[int, str] = {}
+        self._failures: dict[str, str] = whole._failures if whole else {}
         self._rooms: dict[tuple[int, int], Room] = {}
 
     def come(self, rank: int, occasion: int, contribution: Any, combine: Callable[[list], None]) -> None:
@@ -170,23 +179,23 @@ class Room:
             return mail.popleft()
 
     def fail(self, rank: int, reason: str) -> None:
-        """Note that a worker comes to nothing any more."""
+        """Note that a worker comes to nothing any more, in this room or one that is a part of the same whole."""
         with self._changed:
-            self._failures[rank] = reason
+            self._failures[self.names[rank]] = reason
             self._changed.notify_all()
 
     def beside(self, occasion: int, index: int, names: Sequence[str]) -> Room:
         """The room of one part of these workers, the same for all who ask on the same occasion."""
         with self._changed:
-            return self._rooms.setdefault((occasion, index), Room(names, self.timeout))
+            return self._rooms.setdefault((occasion, index), Room(names, self.timeout, self._whole))
 
     def _wait(self, rank: int, ready: Callable[[], bool], missing: Callable[[], list[int]], purpose: str) -> None:
         deadline = time.monotonic() + self.timeout.total_seconds()
         while not ready():
-            failed = [other for other in missing() if other in self._failures]
+            failed = [name for name in map(self.names.__getitem__, missing()) if name in self._failures]
             message = f"{self.names[rank]} could not meet the other workers for {purpose}."
             if failed:
-                reasons = [f"{self.names[other]} failed: {self._failures[other]}" for other in failed]
+                reasons = [f"{name} failed: {self._failures[name]}" for name in failed]
                 raise SyncError(f"{message} {' '.join(reasons)}")
             left = deadline - time.monotonic()
             if left <= 0:

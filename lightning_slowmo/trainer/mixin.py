@@ -278,6 +278,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave a message for the workers that will wait for this one, and communicate no more."""
+        self._explain(exception)
         self.core.report_failure(exception)
         super().on_exception(exception)
 

@@ -151,7 +151,7 @@ class EndsInFailure(EndsAsPatienceDoes):
 
 @on_workers(2)
 def test_headers_that_come_as_patience_ends_have_come(workers):
-    workers.transport._wait_for_headers(EndsAsPatienceDoes(), "a test")
+    workers.transport._wait_and_look(EndsAsPatienceDoes(), "a test", time.monotonic())
     if workers.rank == 0:  # whoever has failed need not be asked twice
         with pytest.raises(SyncError, match="Connection closed by peer"):
-            workers.transport._wait_for_headers(EndsInFailure(), "a test")
+            workers.transport._wait_and_look(EndsInFailure(), "a test", time.monotonic())

@@ -234,7 +234,7 @@ def promise(scenario: Scenario, outcomes: list[Outcome]) -> list[str]:
     victim, everybody = f"rank {scenario.victim}", dict(enumerate(outcomes))
     others = {rank: outcome for rank, outcome in everybody.items() if rank != scenario.victim}
     if scenario.fault == "kill":
-        host = ["The process that held the rendezvous (usually rank 0) is gone"] if scenario.victim == 0 else []
+        host = ["The process that holds the rendezvous (rank 0) is gone"] if scenario.victim == 0 else []
         return all_ended_with(others, "SyncError", f"lost its connection: {victim}", *host)
     if scenario.fault == "exception":
         return all_ended_with(others, "SyncError", f"{victim} failed: ValueError: on purpose")

@@ -118,7 +118,7 @@ def test_when_the_process_is_killed_that_holds_the_rendezvous_the_other_says_so(
     died, (text, after) = run_trainers(2, fit, 2, 0, die, str(tmp_path), expect_failure=True)
     assert died == f"died with exit code {-signal.SIGKILL}"
     assert text.startswith("SyncError")
-    assert "The process that held the rendezvous (usually rank 0) is gone." in text
+    assert "The process that holds the rendezvous (rank 0) is gone." in text
     assert after < SOON
 
 
