@@ -118,14 +118,15 @@ class Bulletin:
             if other not in self.gone and store.check([f"{GONE}/{other}"]):
                 self.gone.add(other)
 
-    def silent(self, store: Any) -> list[int]:
-        """The workers that should have answered this one's roll call, and have not; for the thread, see :meth:`ask`.
+    def roll(self, store: Any) -> dict[int, bool]:
+        """Which of the other workers have answered this one's roll call; for the thread, see :meth:`ask`.
 
-        Those that do not listen all the time may be busy, and say nothing by their silence.
+        Those that do not listen all the time are left out: they may be busy, and say nothing by their silence.
         """
-        listening = [rank for rank in self.others if store.check([f"{LISTENS}/{rank}"])]
-        listening = [rank for rank in listening if store.get(f"{LISTENS}/{rank}") == b"yes"]
-        return answers_missing(store, str(self.rank), listening)
+        keys = {rank: f"{LISTENS}/{rank}" for rank in self.others}
+        listening = [rank for rank, key in keys.items() if store.check([key]) and store.get(key) == b"yes"]
+        missing = answers_missing(store, str(self.rank), listening)
+        return {rank: rank not in missing for rank in listening}
 
     def stop(self) -> None:
         """End the thread."""
@@ -154,8 +155,8 @@ class Bulletin:
             return False
         if self.bad_news and self._known_since is None:
             self._known_since = time.monotonic()
-        stuck = not self.told and self._known_since is not None
-        if stuck and time.monotonic() - self._known_since >= CLOSE_SECONDS:
+        since = self._known_since
+        if since is not None and not self.told and time.monotonic() - since >= CLOSE_SECONDS:
             self.told = True
             for close in self._close:
                 close()

@@ -178,7 +178,7 @@ class Inquiry:
         self.waited = waited
         self.lost = waited < 0.9 * failures.timeout.total_seconds()
         self.unsigned: list[int] = []
-        self.silent: list[int] = []
+        self.answered: dict[int, bool] = {}
         self.others_waited: dict[int, float] = {}
         self.store_seconds = 0.0
 
@@ -193,13 +193,12 @@ class Inquiry:
         self.bulletin.ask(self._sign, STORE_SECONDS)
         self.store_seconds = time.monotonic() - start
         grace = time.monotonic() + FAILURE_GRACE_SECONDS
-        while True:
+        while time.monotonic() < grace:
             self.bulletin.ask(self._look, deadline - time.monotonic())
-            complete = listed and not self.unsigned
-            if self.bulletin.bad_news or complete or time.monotonic() > grace:
-                break
+            if self.bulletin.bad_news or (listed and not self.unsigned):
+                return
             time.sleep(0.1)
-        if self.lost and self.silent and not self.bulletin.bad_news:
+        if self.lost and self.silent:
             self.bulletin.ask(self._tell, deadline - time.monotonic())
 
     def _sign(self, store: Any) -> None:
@@ -210,10 +209,15 @@ class Inquiry:
 
     def _look(self, store: Any) -> None:
         self.bulletin.read(store)
-        self.silent = self.bulletin.silent(store)
         self.unsigned = [rank for rank in self.peers if not store.check([f"{self.place}/{rank}"])]
         for rank in set(self.peers) - set(self.unsigned) - self.others_waited.keys():
             self.others_waited[rank] = float(store.get(f"{self.place}/{rank}"))
+        self.answered = self.bulletin.roll(store)
+
+    @property
+    def silent(self) -> list[int]:
+        """Workers that gave no answer, though a thread of theirs would even if they were busy."""
+        return [rank for rank, answered in self.answered.items() if not answered and rank not in self.others_waited]
 
     def _tell(self, store: Any) -> None:
         """Name the workers that are gone to all others, who may have lost other connections than this one."""
@@ -228,6 +232,9 @@ class Inquiry:
             frozen = [rank for rank in self.unsigned if rank in self.silent]
             does_not_answer = f" No answer at all, frozen or gone: {self._named(frozen)}." if frozen else ""
             return f"Did not come (within {timeout}): {self._named(self.unsigned)}.{does_not_answer}"
+        lost = [rank for rank in self.unsigned if not self.answered.get(rank)]
+        if lost:
+            return f"Ended without a word, or lost its connection: {self._named(lost)}."
         waits = self.others_waited | {self.failures.rank: self.waited}
         late = sorted(rank for rank, seconds in waits.items() if seconds < 0.5 * max(waits.values()))
         if late and max(waits.values()) >= 0.9 * timeout.total_seconds():

@@ -1,5 +1,7 @@
 """Workers: weighted sums, what they cost, and errors that name who did not come and why."""
 
+import os
+import signal
 import time
 from datetime import timedelta
 
@@ -155,3 +157,46 @@ def test_headers_that_come_as_patience_ends_have_come(workers):
     if workers.rank == 0:  # whoever has failed need not be asked twice
         with pytest.raises(SyncError, match="Connection closed by peer"):
             workers.transport._wait_and_look(EndsInFailure(), "a test", time.monotonic())
+
+
+def killed(rank: int) -> str:
+    workers = Workers.from_world(timeout=timedelta(seconds=10))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(SyncError) as caught:
+        complete(workers.sum(torch.zeros(3)))
+    return str(caught.value)
+
+
+def test_whoever_was_killed_is_named_in_a_plain_loop_too():
+    message = run(2, killed, expect_failure=True)[0]
+    assert "Ended without a word, or lost its connection: rank 1." in message
+
+
+def living_on(rank: int, operation: str) -> tuple[str, float]:
+    workers = Workers.from_world(timeout=timedelta(seconds=30))
+    workers.listen(True)
+    workers.gather([0.0])
+    if rank == 1:
+        workers.report_failure("ValueError: on purpose")
+        time.sleep(6)  # it has caught its exception, and lives on
+        return "", 0.0
+    start = time.monotonic()
+    try:
+        with workers.naming("a test"):
+            if operation == "a collective of others":
+                dist.all_reduce(torch.zeros(1))
+            elif operation == "a message":
+                complete(workers.send_and_receive(torch.zeros(1), [], [1]))
+            else:
+                complete(workers.sum(torch.zeros(1)))
+    except SyncError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("operation", ["a sum", "a message", "a collective of others"])
+def test_a_failed_worker_that_lives_on_ends_every_wait_within_two_seconds(operation):
+    message, seconds = run(2, living_on, operation)[0]
+    assert "rank 1 failed: ValueError: on purpose" in message
+    assert seconds < 2 + 1  # the rest is for a busy machine
