@@ -132,26 +132,26 @@ class Room:
         self.size = len(self.names)
         self.timeout = timeout
         self._whole = whole or self
-        self._changed: threading.Condition = whole._changed if whole else threading.Condition()
+        self.changed: threading.Condition = whole.changed if whole else threading.Condition()
         self._contributions: dict[int, dict[int, Any]] = {}
         self._leaving: dict[int, int] = {}
         self._mail: dict[tuple[int, int], deque[Tensor]] = {}
-        self._failures: dict[str, str] = whole._failures if whole else {}
+        self.failures: dict[str, str] = whole.failures if whole else {}
         self._rooms: dict[tuple[int, int], Room] = {}
 
     def come(self, rank: int, occasion: int, contribution: Any, combine: Callable[[list], None]) -> None:
         """Bring something to a collective; the last who comes combines what all have brought."""
-        with self._changed:
+        with self.changed:
             brought = self._contributions.setdefault(occasion, {})
             brought[rank] = contribution
             if len(brought) < self.size:
                 return
         with torch.no_grad():
             combine([brought[other] for other in range(self.size)])
-        with self._changed:
+        with self.changed:
             del self._contributions[occasion]
             self._leaving[occasion] = self.size
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def wait_for_all(self, rank: int, occasion: int, purpose: str) -> None:
         """Wait until a collective has ended."""
@@ -159,7 +159,7 @@ class Room:
         def missing() -> list[int]:
             return [other for other in range(self.size) if other not in self._contributions.get(occasion, {})]
 
-        with self._changed:
+        with self.changed:
             self._wait(rank, lambda: occasion in self._leaving, missing, purpose)
             self._leaving[occasion] -= 1
             if not self._leaving[occasion]:
@@ -167,41 +167,41 @@ class Room:
 
     def post(self, sender: int, receiver: int, message: Tensor) -> None:
         """Leave a message for a worker."""
-        with self._changed:
+        with self.changed:
             self._mail.setdefault((sender, receiver), deque()).append(message)
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def fetch(self, sender: int, receiver: int, purpose: str) -> Tensor:
         """Wait for the next message from a worker."""
-        with self._changed:
+        with self.changed:
             mail = self._mail.setdefault((sender, receiver), deque())
             self._wait(receiver, lambda: bool(mail), lambda: [sender], purpose)
             return mail.popleft()
 
     def fail(self, rank: int, reason: str) -> None:
         """Note that a worker comes to nothing any more, in this room or one that is a part of the same whole."""
-        with self._changed:
-            self._failures[self.names[rank]] = reason
-            self._changed.notify_all()
+        with self.changed:
+            self.failures[self.names[rank]] = reason
+            self.changed.notify_all()
 
     def beside(self, occasion: int, index: int, names: Sequence[str]) -> Room:
         """The room of one part of these workers, the same for all who ask on the same occasion."""
-        with self._changed:
+        with self.changed:
             return self._rooms.setdefault((occasion, index), Room(names, self.timeout, self._whole))
 
     def _wait(self, rank: int, ready: Callable[[], bool], missing: Callable[[], list[int]], purpose: str) -> None:
         deadline = time.monotonic() + self.timeout.total_seconds()
         while not ready():
-            failed = [name for name in map(self.names.__getitem__, missing()) if name in self._failures]
+            failed = [name for name in map(self.names.__getitem__, missing()) if name in self.failures]
             message = f"{self.names[rank]} could not meet the other workers for {purpose}."
             if failed:
-                reasons = [f"{name} failed: {self._failures[name]}" for name in failed]
+                reasons = [f"{name} failed: {self.failures[name]}" for name in failed]
                 raise SyncError(f"{message} {' '.join(reasons)}")
             left = deadline - time.monotonic()
             if left <= 0:
                 absent = ", ".join(self.names[other] for other in missing())
                 raise SyncError(f"{message} Did not come (within {self.timeout}): {absent}.")
-            self._changed.wait(left)
+            self.changed.wait(left)
 
 
 def in_process(size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> list[Workers]:

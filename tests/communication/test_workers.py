@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_slowmo import SyncError, Workers
+from lightning_slowmo.communication.in_process import in_process, together
 from lightning_slowmo.communication.pipeline import complete, start
 from tests.harness import run
 from tests.on_workers import on_workers
@@ -200,3 +201,20 @@ def test_a_failed_worker_that_lives_on_ends_every_wait_within_two_seconds(operat
     message, seconds = run(2, living_on, operation)[0]
     assert "rank 1 failed: ValueError: on purpose" in message
     assert seconds < 2 + 1  # the rest is for a busy machine
+
+
+def test_in_one_process_too_a_failure_is_known_in_every_part_of_the_workers():
+    heard = []
+
+    def fail_in_a_part(workers: Workers) -> None:
+        part = workers.split([[0, 1], [2, 3]])
+        if workers.rank == 1:
+            raise ValueError("on purpose")
+        try:
+            part.gather([0.0])
+        except SyncError as error:
+            heard.append(str(error))
+
+    with pytest.raises(ValueError, match="on purpose"):
+        together(in_process(4, timedelta(seconds=5)), fail_in_a_part)
+    assert heard == ["rank 0 could not meet the other workers for a header. rank 1 failed: ValueError: on purpose"]
