@@ -26,6 +26,13 @@ LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 1.0
 """Seconds after a failure became known, after which the main thread is taken to be stuck."""
 
+CLOSE_SECONDS_WITHOUT_CAUSE = 10.0
+"""The same, as long as only errors about a meeting are known: most of them are raised on all workers alike, and those
+that are a little slower need their connections if they go on after that."""
+
+NOT_A_CAUSE = "SyncError"
+"""How the reason of a worker begins that only suffers from another one's failure."""
+
 NEWS, FAILED, GONE, ROLL, HERE, LISTENS = "news", "failed", "gone", "roll", "here", "listens"
 """Keys: there are notes at all; a worker's reason; a worker that is gone, as others found; roll calls and answers to
 them; whether a worker looks at the notes all the time."""
@@ -65,13 +72,20 @@ class Bulletin:
         self._known_since: float | None = None
         self._questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._silent = False
+        self._store_is_gone = False
         self._answered: set[int] = set()
-        threading.Thread(target=self._run, name="lightning_slowmo notes", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="lightning_slowmo notes", daemon=True)
+        self._thread.start()
 
     @property
     def bad_news(self) -> bool:
         """Whether a worker is known to have failed or gone."""
         return bool(self.failed or self.gone)
+
+    @property
+    def causes(self) -> dict[int, str]:
+        """Why workers have failed that did not only suffer from another one's failure."""
+        return {rank: reason for rank, reason in self.failed.items() if not reason.startswith(NOT_A_CAUSE)}
 
     def ask(self, question: Callable[[Any], T], seconds: float) -> T:
         """Let the thread do something with the store.
@@ -81,11 +95,10 @@ class Bulletin:
             seconds: how long to wait for the answer.
 
         Raises:
-            NoAnswer: if it did not come in time, now or before.
+            NoAnswer: if it did not come in time, or an earlier one has still not come. The thread does it nevertheless,
+                should the store answer some day.
             RuntimeError: if the store is gone.
         """
-        if self._silent:
-            raise NoAnswer
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -93,8 +106,11 @@ class Bulletin:
                 answers.put((True, question(self._store)))
             except RuntimeError as error:
                 answers.put((False, error))
+            self._silent = False
 
         self._questions.put(answer)
+        if self._silent:
+            raise NoAnswer
         try:
             fine, result = answers.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -129,9 +145,10 @@ class Bulletin:
         return {rank: rank not in missing for rank in listening}
 
     def stop(self) -> None:
-        """End the thread."""
-        self.listening = False
+        """End the thread, before the interpreter ends, which a thread that comes back from torch must not meet."""
         self._questions.put(None)
+        if threading.current_thread() is not self._thread:  # of which the garbage collector may have called this
+            self._thread.join(1.0)
 
     def _run(self) -> None:
         next_look = time.monotonic() + LOOK_SECONDS
@@ -140,27 +157,29 @@ class Bulletin:
                 question = self._questions.get(timeout=max(0.0, next_look - time.monotonic()))
             except queue.Empty:
                 next_look = time.monotonic() + LOOK_SECONDS
-                if (self.listening or self.waiting) and not self._look():
-                    self.listening = False  # and answer questions alone, which will say that the store is gone
+                if (self.listening or self.waiting) and not self._store_is_gone:
+                    self._look()
                 continue
             if question is None:
                 return
             question()
 
-    def _look(self) -> bool:
-        """Read the notes, and free the main thread if it is stuck; whether the store is still there."""
+    def _look(self) -> None:
+        """Read the notes, and free the main thread if it is stuck."""
         try:
             self.read(self._store)
-        except RuntimeError:
-            return False
-        if self.bad_news and self._known_since is None:
+        except RuntimeError:  # those who ask will be told
+            self._store_is_gone = True
+            return
+        if not self.bad_news or self.told:
+            return
+        if self._known_since is None:
             self._known_since = time.monotonic()
-        since = self._known_since
-        if since is not None and not self.told and time.monotonic() - since >= CLOSE_SECONDS:
+        patience = CLOSE_SECONDS if self.causes or self.gone else CLOSE_SECONDS_WITHOUT_CAUSE
+        if time.monotonic() - self._known_since >= patience:
             self.told = True
             for close in self._close:
                 close()
-        return True
 
 
 def answers_missing(store: Any, occasion: str, ranks: Sequence[int]) -> list[int]:

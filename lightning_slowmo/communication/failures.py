@@ -32,9 +32,6 @@ FAILURE_GRACE_SECONDS = 2.0
 STORE_SECONDS = 5.0
 """Seconds after which the process that serves the store is taken to be frozen."""
 
-NOT_A_CAUSE = "SyncError"
-"""How the reason of a worker begins that only suffers from another one's failure."""
-
 
 class Failures:
     """What one process knows of the failures of all, and how it tells them of its own.
@@ -129,25 +126,29 @@ class Failures:
         Returns:
             The error to raise.
         """
+        why = self.why(purpose, occasion, peers, waited) or "All workers are there, but have lost their connections."
+        return SyncError(f"{self.names[self.rank]} could not meet the other workers for {purpose}. {why} {error}")
+
+    def why(self, purpose: str, occasion: str | None, peers: Sequence[int] | None, waited: float) -> str:
+        """What :meth:`absence` finds out; empty if nobody is to be blamed."""
         self.bulletin.told = True
-        message = f"{self.names[self.rank]} could not meet the other workers for {purpose}."
         inquiry = Inquiry(self, f"waited/{purpose}/{occasion}", peers, waited)
-        try:
-            if not self.bulletin.bad_news:
+        silence = ""
+        if not self.bulletin.bad_news:
+            try:
                 inquiry.run(listed=occasion is not None)
-        except NoAnswer:
-            if not self.bulletin.bad_news:
-                how = f"The process that holds the rendezvous ({self.host}) does not answer"
-                return SyncError(f"{message} {how}: it is frozen, or its machine is gone. {error}")
-        except RuntimeError:
-            if not self.bulletin.bad_news:
-                return SyncError(f"{message} The process that holds the rendezvous ({self.host}) is gone. {error}")
-        return SyncError(f"{message} {self._known() or inquiry.findings()} {error}")
+            except NoAnswer:
+                silence = f"({self.host}) does not answer: it is frozen, or its machine is gone."
+            except RuntimeError:
+                silence = f"({self.host}) is gone."
+        if self.bulletin.bad_news:
+            return self._known()
+        return f"The process that holds the rendezvous {silence}" if silence else inquiry.findings()
 
     def _known(self) -> str:
         """What has become known by notes: causes, or those who suffer from them if no cause is known."""
         bulletin = self.bulletin
-        causes = {rank: reason for rank, reason in bulletin.failed.items() if not reason.startswith(NOT_A_CAUSE)}
+        causes = bulletin.causes
         gone = sorted(bulletin.gone - causes.keys())
         found = [f"{self.names[rank]} failed: {reason}." for rank, reason in sorted(causes.items())]
         if gone:
@@ -189,17 +190,16 @@ class Inquiry:
             listed: whether there is a list.
         """
         start = time.monotonic()
-        deadline = start + STORE_SECONDS
         self.bulletin.ask(self._sign, STORE_SECONDS)
         self.store_seconds = time.monotonic() - start
         grace = time.monotonic() + FAILURE_GRACE_SECONDS
         while time.monotonic() < grace:
-            self.bulletin.ask(self._look, deadline - time.monotonic())
+            self.bulletin.ask(self._look, STORE_SECONDS - self.store_seconds + FAILURE_GRACE_SECONDS)
             if self.bulletin.bad_news or (listed and not self.unsigned):
                 return
             time.sleep(0.1)
         if self.lost and self.silent:
-            self.bulletin.ask(self._tell, deadline - time.monotonic())
+            self.bulletin.ask(self._tell, FAILURE_GRACE_SECONDS)
 
     def _sign(self, store: Any) -> None:
         rank = self.failures.rank
@@ -226,8 +226,8 @@ class Inquiry:
         self.bulletin.gone.update(self.silent)
 
     def findings(self) -> str:
-        """What the list and the roll say, where nobody left word of a failure."""
-        names, timeout = self.failures.names, self.failures.timeout
+        """What the list and the roll say, where nobody left word of a failure; empty if all are there."""
+        timeout = self.failures.timeout
         if not self.lost and self.unsigned:
             frozen = [rank for rank in self.unsigned if rank in self.silent]
             does_not_answer = f" No answer at all, frozen or gone: {self._named(frozen)}." if frozen else ""
@@ -242,7 +242,7 @@ class Inquiry:
         if self.store_seconds > 1:
             host, seconds = self.failures.host, self.store_seconds
             return f"The process that holds the rendezvous ({host}) was frozen: it did not answer for {seconds:.0f} s."
-        return f"All of {', '.join(names)} are there, and have lost their connections."
+        return ""
 
     def _named(self, ranks: Sequence[int]) -> str:
         return ", ".join(self.failures.names[rank] for rank in ranks)

@@ -205,10 +205,11 @@ class TorchTransport:
             self.failures.listen(all_the_time)
 
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
-        """What lies behind an error of another process group; None if it does not come from communication."""
+        """Who failed, if an error of another process group comes from that; None if nobody did."""
         if isinstance(error, SyncError) or not _is_of_communication(error) or not dist.is_initialized():
             return None
-        return self.failures.absence(purpose, None, error, waited=waited)
+        why = self.failures.why(purpose, None, None, waited)
+        return SyncError(f"{self.names[self.rank]} was cut off during {purpose}. {why} {error}") if why else None
 
     def _wait_and_look(self, work: dist.Work, purpose: str, start: float) -> None:
         """Wait for a collective of gloo, and look from time to time whether somebody has failed who would never come.

@@ -78,6 +78,9 @@ SHARDED = ("SlowMo", "BMUF", "DiLoCo")
 TWO_LEVELS = ("local SGD", "SlowMo", "BMUF", "DiLoCo", "SGP")
 """Algorithms that are also tried between nodes of two processes."""
 
+SHARE_GRADIENTS = ("AllReduce", "apmsqueeze", "sketched_sgd", "sensed_sgd")
+"""Algorithms that average gradients, at least at first: one worker's NaN reaches all before anybody can be left out."""
+
 FAULTS = (
     "kill",
     "kill in validation",
@@ -304,6 +307,8 @@ def promise(scenario: Scenario, outcomes: list[Outcome]) -> list[str]:
         named = re.compile(rf"The parameters of .*\b{victim}\b.* are NaN or infinite")
         unnamed = [rank for rank, outcome in everybody.items() if not named.search(outcome.error)]
         return all_ended_with(everybody, "SyncError", "") + [f"{victim} is not named to rank {r}" for r in unnamed]
+    if scenario.fault == "NaN, skipped" and scenario.algorithm in SHARE_GRADIENTS:
+        return all_ended_with(everybody, "SyncError", "No worker is left to recover from")
     if scenario.fault == "SIGTERM":
         return all_ended_with(everybody, "SIGTERMException", "")
     return all_ended_equal(outcomes)

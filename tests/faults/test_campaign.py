@@ -111,5 +111,12 @@ def test_a_full_disk_that_nobody_speaks_of_is_a_finding():
     assert promise(full, [Outcome([[1.0]]), Outcome([[1.0]])])
 
 
+def test_nan_that_went_round_with_the_gradients_has_to_be_said():
+    shared = replace(BASE, fault="NaN, skipped", algorithm="AllReduce")
+    said = Outcome(None, "SyncError: The parameters of rank 0, rank 1 are NaN. No worker is left to recover from.")
+    assert promise(shared, [said, said]) == []
+    assert promise(shared, [said, Outcome([[float("nan")]])])
+
+
 def test_a_run_that_leaves_no_checkpoint_is_a_finding():
     assert play(replace(BASE, fault="uneven inputs"), acted((DONE, DONE), saves=False)) == ["no checkpoint was left"]
