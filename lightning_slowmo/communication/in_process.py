@@ -105,6 +105,13 @@ class InProcessTransport:
     def let_others_hear(self) -> None:
         """Nothing to wait for: the room stays."""
 
+    def listen(self, all_the_time: bool) -> None:
+        """Nothing to do: whoever waits is woken up."""
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """Nothing to explain: threads communicate by this transport alone."""
+        return None
+
     def _meet(self, contribution: Any, combine: Callable[[list], None], purpose: str) -> Transfer[None]:
         occasion = self._operations
         self._operations += 1
@@ -119,34 +126,36 @@ class Room:
     Args:
         names: what to call each worker in messages.
         timeout: how long they wait for one another.
+        whole: the room of all workers, if this is one of a part of them; it knows who has failed.
     """
 
-    def __init__(self, names: Sequence[str], timeout: timedelta) -> None:
+    def __init__(self, names: Sequence[str], timeout: timedelta, whole: Room | None = None) -> None:
         self.names = list(names)
         self.size = len(self.names)
         self.timeout = timeout
-        self._changed = threading.Condition()
+        self._whole = whole or self
+        self.changed: threading.Condition = whole.changed if whole else threading.Condition()
         self._contributions: dict[int, dict[int, Any]] = {}
         self._leaving: dict[int, int] = {}
         self._mail: dict[tuple[int, int, int], Tensor] = {}
         self._posted: Counter[tuple[int, int]] = Counter()
         self._expected: Counter[tuple[int, int]] = Counter()
-        self._failures: dict[int, str] = {}
+        self.failures: dict[str, str] = whole.failures if whole else {}
         self._rooms: dict[tuple[int, int], Room] = {}
 
     def come(self, rank: int, occasion: int, contribution: Any, combine: Callable[[list], None]) -> None:
         """Bring something to a collective; the last who comes combines what all have brought."""
-        with self._changed:
+        with self.changed:
             brought = self._contributions.setdefault(occasion, {})
             brought[rank] = contribution
             if len(brought) < self.size:
                 return
         with torch.no_grad():
             combine([brought[other] for other in range(self.size)])
-        with self._changed:
+        with self.changed:
             del self._contributions[occasion]
             self._leaving[occasion] = self.size
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def wait_for_all(self, rank: int, occasion: int, purpose: str) -> None:
         """Wait until a collective has ended."""
@@ -154,7 +163,7 @@ class Room:
         def missing() -> list[int]:
             return [other for other in range(self.size) if other not in self._contributions.get(occasion, {})]
 
-        with self._changed:
+        with self.changed:
             self._wait(rank, lambda: occasion in self._leaving, missing, purpose)
             self._leaving[occasion] -= 1
             if not self._leaving[occasion]:
@@ -162,48 +171,48 @@ class Room:
 
     def post(self, sender: int, receiver: int, message: Tensor) -> None:
         """Leave a message for a worker."""
-        with self._changed:
+        with self.changed:
             self._mail[sender, receiver, self._posted[sender, receiver]] = message
             self._posted[sender, receiver] += 1
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def expect(self, sender: int, receiver: int) -> int:
         """The number of the next message between two workers that nobody expects yet."""
-        with self._changed:
+        with self.changed:
             number = self._expected[sender, receiver]
             self._expected[sender, receiver] += 1
             return number
 
     def fetch(self, sender: int, receiver: int, number: int, purpose: str) -> Tensor:
         """Wait for a message from a worker."""
-        with self._changed:
+        with self.changed:
             self._wait(receiver, lambda: (sender, receiver, number) in self._mail, lambda: [sender], purpose)
             return self._mail.pop((sender, receiver, number))
 
     def fail(self, rank: int, reason: str) -> None:
-        """Note that a worker comes to nothing any more."""
-        with self._changed:
-            self._failures[rank] = reason
-            self._changed.notify_all()
+        """Note that a worker comes to nothing any more, in this room or one that is a part of the same whole."""
+        with self.changed:
+            self.failures[self.names[rank]] = reason
+            self.changed.notify_all()
 
     def beside(self, occasion: int, index: int, names: Sequence[str]) -> Room:
         """The room of one part of these workers, the same for all who ask on the same occasion."""
-        with self._changed:
-            return self._rooms.setdefault((occasion, index), Room(names, self.timeout))
+        with self.changed:
+            return self._rooms.setdefault((occasion, index), Room(names, self.timeout, self._whole))
 
     def _wait(self, rank: int, ready: Callable[[], bool], missing: Callable[[], list[int]], purpose: str) -> None:
         deadline = time.monotonic() + self.timeout.total_seconds()
         while not ready():
-            failed = [other for other in missing() if other in self._failures]
+            failed = [name for name in map(self.names.__getitem__, missing()) if name in self.failures]
             message = f"{self.names[rank]} could not meet the other workers for {purpose}."
             if failed:
-                reasons = [f"{self.names[other]} failed: {self._failures[other]}" for other in failed]
+                reasons = [f"{name} failed: {self.failures[name]}" for name in failed]
                 raise SyncError(f"{message} {' '.join(reasons)}")
             left = deadline - time.monotonic()
             if left <= 0:
                 absent = ", ".join(self.names[other] for other in missing())
                 raise SyncError(f"{message} Did not come (within {self.timeout}): {absent}.")
-            self._changed.wait(left)
+            self.changed.wait(left)
 
 
 def in_process(size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> list[Workers]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_slowmo.communication.pipeline import Transfer, UnderWay, start
 from lightning_slowmo.communication.transport import Transport
+from lightning_slowmo.communication.workers import SyncError
 
 PIECE_BYTES = 8 * 2**20
 """Bytes that are copied and sent at a time: 0.3 ms on a bus of 25 GB/s, and long enough for any network."""
@@ -103,6 +104,14 @@ class Staged:
         self.inner.let_others_hear()
 
     # How --------------------------------------------------------------------------------------------------------------
+
+    def listen(self, all_the_time: bool) -> None:
+        """As the transport inside."""
+        self.inner.listen(all_the_time)
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """As the transport inside."""
+        return self.inner.explained(error, purpose, waited)
 
     def _piecewise(self, flat: Tensor, send: Callable[[Tensor], Transfer[None]]) -> Transfer[None]:
         """Replace a flat tensor by what an operation that acts on each element makes of it."""

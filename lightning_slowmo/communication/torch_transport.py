@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_slowmo.communication.bulletin import LOOK_SECONDS
 from lightning_slowmo.communication.failures import Failures
 from lightning_slowmo.communication.pipeline import Transfer
 from lightning_slowmo.communication.staging import Stage, Staged
@@ -23,8 +26,11 @@ from lightning_slowmo.communication.transport import Transport
 from lightning_slowmo.communication.workers import SyncError
 from lightning_slowmo.private import default_store
 
-LOOK_EVERY = timedelta(seconds=1)
-"""How often a worker that waits for headers looks whether another one has failed."""
+LOOK_EVERY = timedelta(seconds=LOOK_SECONDS)
+"""How often a worker that waits looks whether another one is known to have failed."""
+
+UNUSED_TAG = 2**30
+"""Tag of a message that nobody sends."""
 
 
 FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
@@ -43,6 +49,9 @@ class TorchTransport:
         backend: that the data group uses, and that those of parts of it will.
         timeout: how long to wait for the others.
         names: what to call each process in messages.
+        failures: of the set that these processes were split from, which knows them by their ranks in it; a new one, for
+            all processes of ``torch.distributed``, if None.
+        places: the ranks of these processes in that set.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class TorchTransport:
         backend: str,
         timeout: timedelta,
         names: Sequence[str] | None = None,
+        failures: Failures | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.group = data
         self.control = control
@@ -60,9 +71,13 @@ class TorchTransport:
         self.rank = dist.get_rank(data)
         self.size = dist.get_world_size(data)
         self.names = list(names) if names is not None else [f"rank {rank}" for rank in range(self.size)]
-        self.failures = Failures(
-            dist.PrefixStore(f"lightning_slowmo/{control.group_name}", default_store()), self.rank, self.names, timeout
-        )
+        self.places = list(places) if places is not None else list(range(self.size))
+        if failures is None:
+            store = dist.PrefixStore(f"lightning_slowmo/{control.group_name}", _own_connection(default_store()))
+            failures = Failures(store, self.rank, self.names, timeout)
+            failures.close.append(lambda: _close(dist.group.WORLD))
+        self.failures = failures
+        failures.close.extend(partial(_close, group) for group in {data, control})
         self._operations = 0
         """Operations that all processes have taken part in: tells one occasion to wait from the others."""
 
@@ -137,6 +152,7 @@ class TorchTransport:
             dist.P2POp(kind, tensor, self._global(peer), self.group)
             for kind, tensor, peer in zip(kinds, tensors, peers, strict=True)
         ]
+        start = time.monotonic()
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:  # a peer is gone already
@@ -147,16 +163,22 @@ class TorchTransport:
         if len(works) != len(peers):
             whom = [sorted(set(peers))] * len(works)
         for work, depends_on in zip(works, whom, strict=True):
-            self._wait(work, purpose, depends_on)
+            # gloo gives messages up for good if a wait for them ends early, so there is no looking up in between: if
+            # somebody fails meanwhile, the bulletin's thread closes the connections.
+            self._wait(work, purpose, start, depends_on)
 
-    def _collective(self, purpose: str, begin: Any) -> Transfer[None]:
+    def _collective(self, purpose: str, begin: Callable[[], Any]) -> Transfer[None]:
         self._operations += 1
+        start = time.monotonic()
         try:
             work = begin()
         except RuntimeError as error:
             raise self._absence(purpose, error) from error
         yield
-        self._wait(work, purpose)
+        if self.backend == "gloo":
+            self._wait_and_look(work, purpose, start)
+        else:  # a GPU waits in its stream, and this does not wait for it
+            self._wait(work, purpose, start)
 
     def _global(self, rank: int) -> int:
         """The rank of one of these processes among all of ``torch.distributed``."""
@@ -167,25 +189,12 @@ class TorchTransport:
     def gather_header(self, everyone: Tensor, own: Tensor, purpose: str) -> None:
         """Collect a few numbers of every process, over the control group."""
         self._operations += 1
+        start = time.monotonic()
         try:
             work = dist.all_gather_into_tensor(everyone, own, group=self.control, async_op=True)
         except RuntimeError as error:
             raise self._absence(purpose, error) from error
-        self._wait_for_headers(cast(dist.Work, work), purpose)
-
-    def _wait_for_headers(self, work: dist.Work, purpose: str) -> None:
-        """Wait, and look from time to time whether somebody has failed who would never come."""
-        start = time.monotonic()
-        while True:
-            # Asked before: work that ends while an exception says it has not is waited for once more.
-            ended = work.is_completed()
-            try:
-                work.wait(LOOK_EVERY)
-                return
-            except RuntimeError as error:
-                waited = timedelta(seconds=time.monotonic() - start)
-                if ended or waited >= self.timeout or self.failures.any():
-                    raise self._absence(purpose, error, lost=waited < self.timeout * 0.9) from error
+        self._wait_and_look(cast(dist.Work, work), purpose, start)
 
     # Sets and failures ------------------------------------------------------------------------------------------------
 
@@ -198,7 +207,8 @@ class TorchTransport:
             control = _new_group(everywhere, "gloo", self.timeout) if headers else data
             if self.rank in ranks:
                 names = [self.names[rank] for rank in ranks]
-                own = TorchTransport(data, control, self.backend, self.timeout, names)
+                places = [self.places[rank] for rank in ranks]
+                own = TorchTransport(data, control, self.backend, self.timeout, names, self.failures, places)
         assert own is not None  # every process is in one of the sets
         return own
 
@@ -212,24 +222,66 @@ class TorchTransport:
         if dist.is_initialized():
             self.failures.let_others_hear()
 
-    def _wait(self, work: dist.Work | None, purpose: str, peers: Sequence[int] | None = None) -> None:
-        """Wait for a communication to end, at most as long as the timeout.
+    def listen(self, all_the_time: bool) -> None:
+        """Look for failures of the others all the time, or only while this process waits for them."""
+        if dist.is_initialized():
+            self.failures.listen(all_the_time)
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """Who failed, if an error of another process group comes from that; None if nobody did."""
+        if isinstance(error, SyncError) or not _is_of_communication(error) or not dist.is_initialized():
+            return None
+        why = self.failures.why(purpose, None, None, waited)
+        return SyncError(f"{self.names[self.rank]} was cut off during {purpose}. {why} {error}") if why else None
+
+    def _wait_and_look(self, work: dist.Work, purpose: str, start: float) -> None:
+        """Wait for a collective of gloo, and look from time to time whether somebody has failed who would never come.
+
+        Args:
+            work: what to wait for.
+            purpose: what it is for, for messages.
+            start: when it was begun.
+
+        Raises:
+            SyncError: if it failed or took longer than the timeout; names those who did not come, and why.
+        """
+        self.failures.bulletin.waiting += 1
+        try:
+            while True:
+                # Asked before: work that ends while an exception says it has not is waited for once more.
+                ended = work.is_completed()
+                try:
+                    work.wait(LOOK_EVERY)
+                    return
+                except RuntimeError as error:
+                    waited = time.monotonic() - start
+                    if ended or waited >= self.timeout.total_seconds() or self.failures.bulletin.bad_news:
+                        raise self._absence(purpose, error, waited=waited) from error
+        finally:
+            self.failures.bulletin.waiting -= 1
+
+    def _wait(self, work: dist.Work | None, purpose: str, start: float, peers: Sequence[int] | None = None) -> None:
+        """Wait for a communication to end, at most as long as the timeout of its process group.
 
         Args:
             work: what to wait for; nothing if None.
             purpose: what it is for, for messages.
+            start: when it was begun.
             peers: the processes on which it depends; all if None.
 
         Raises:
             SyncError: if it failed or took longer; names those who did not come, and why if that is known.
         """
+        self.failures.bulletin.waiting += 1
         try:
             if work is not None:
                 if self.backend == "nccl":
                     self._wait_for_device(work)
                 work.wait()
         except RuntimeError as error:
-            raise self._absence(purpose, error, peers) from error
+            raise self._absence(purpose, error, peers, time.monotonic() - start) from error
+        finally:
+            self.failures.bulletin.waiting -= 1
 
     def _wait_for_device(self, work: dist.Work) -> None:
         """Look on the host until NCCL has done its work.
@@ -248,7 +300,7 @@ class TorchTransport:
                 raise RuntimeError(f"NCCL did not end within {self.timeout}.")
             if now - looked > LOOK_EVERY.total_seconds():
                 looked = now
-                if self.failures.any():
+                if self.failures.bulletin.bad_news:
                     raise RuntimeError("Another worker has failed.")
             time.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
@@ -257,11 +309,13 @@ class TorchTransport:
             raise RuntimeError(f"NCCL failed. {reason}")
 
     def _absence(
-        self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
+        self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, waited: float = 0.0
     ) -> SyncError:
         if not dist.is_initialized():
             return SyncError(f"{self.names[self.rank]} could not meet the other workers for {purpose}. {error}")
-        return self.failures.absence(purpose, str(self._operations), error, peers, lost)
+        occasion = f"{self.control.group_name}/{self._operations}"
+        places = [self.places[rank] for rank in (range(self.size) if peers is None else peers)]
+        return self.failures.absence(purpose, occasion, error, places, waited)
 
 
 def backend_for(device: torch.device, backend: str | None) -> str:
@@ -296,3 +350,31 @@ def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dis
     finally:
         if users_own is None:
             del os.environ[name]
+
+
+def _own_connection(store: dist.Store) -> dist.Store:
+    """A connection of one's own to a store: an operation that waits for ever on one does not block the other."""
+    return store.clone() if hasattr(store, "clone") else store  # since torch 2.7
+
+
+def _close(group: dist.ProcessGroup | None) -> None:
+    """Close all connections of a process group, so that whatever waits for them fails, in this process and in others.
+
+    gloo does this when a wait for a message ends early; its ``abort`` does nothing.
+    """
+    if group is None or dist.get_world_size(group) < 2:
+        return
+    if "gloo" in dist.get_backend_config(group):
+        peer = dist.get_global_rank(group, 0 if dist.get_rank(group) else 1)
+        with suppress(RuntimeError):  # says that the wait ended early, which is the purpose
+            work = dist.irecv(torch.empty(1), peer, group=group, tag=UNUSED_TAG)
+            cast(dist.Work, work).wait(timedelta(milliseconds=1))
+    group.abort()
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Whether an error comes from torch.distributed; gloo's are plain RuntimeErrors."""
+    said = ("gloo", "Connection closed by peer", "Application timeout caused pair closure", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_slowmo.communication.pipeline import Transfer
+from lightning_slowmo.communication.workers import SyncError
 
 
 class Transport(Protocol):
@@ -77,3 +78,18 @@ class Transport(Protocol):
 
     def let_others_hear(self) -> None:
         """Stay for a moment if the others need this worker to read the word that it has left."""
+
+    def listen(self, all_the_time: bool) -> None:
+        """Look for failures of the others all the time, or only while this worker waits for them."""
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """Who failed, where an operation that is not of this transport raised an error.
+
+        Args:
+            error: what it raised.
+            purpose: what it was for, for messages.
+            waited: seconds since it began, to tell a lost connection from an absent worker.
+
+        Returns:
+            The error to raise, or None if this one does not come from communication, or says already who failed.
+        """

@@ -7,7 +7,9 @@ wait has a limit, and when it passes the error names whom it waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -301,6 +303,44 @@ class Workers:
         """Stay for a moment if the others need this worker to read the word that it has left."""
         if self.transport is not None:
             self.transport.let_others_hear()
+
+    def listen(self, all_the_time: bool) -> None:
+        """Look for failures of the others all the time, or only while this worker waits for them, as at first.
+
+        What this worker waits for outside of this package (DistributedDataParallel, say) then ends too if another one
+        has failed: all connections are closed. Call it with False while all workers are still there.
+        """
+        if self.transport is not None:
+            self.transport.listen(all_the_time)
+
+    @contextmanager
+    def naming(self, purpose: str) -> Iterator[None]:
+        """Communication by other means than these workers, whose errors then name who failed.
+
+        Args:
+            purpose: what it is for, for messages.
+
+        Raises:
+            SyncError: instead of an error of ``torch.distributed``.
+        """
+        start = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            explained = self.explained(error, purpose, time.monotonic() - start)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
+        """Who failed, where something else that communicates raised an error; None if it is no such error.
+
+        Args:
+            error: what was raised.
+            purpose: what the communication was for, for messages.
+            waited: seconds since it began, to tell a lost connection from an absent worker.
+        """
+        return None if self.transport is None else self.transport.explained(error, purpose, waited)
 
     def _count(self, sent: int, received: int | None = None, collectives: int = 1) -> None:
         self.traffic.sent += sent

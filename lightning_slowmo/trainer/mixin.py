@@ -24,6 +24,7 @@ from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
+from lightning_slowmo.trainer import rendezvous
 from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
@@ -166,7 +167,10 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
 
     def setup_distributed(self) -> None:
         """Join the process group, then make this strategy's own groups beside it."""
+        self.set_world_ranks()
+        store = rendezvous.for_strategy(self, self.core.sync_timeout)
         super().setup_distributed()
+        del store  # the process group has its own by now
         self.core.make_groups(self.node_rank, self.local_rank, self.root_device, self.process_group_backend)
 
     def configure_ddp(self) -> None:
@@ -279,6 +283,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave a message for the workers that will wait for this one, and communicate no more."""
+        self._explain(exception)
         self.core.report_failure(exception)
         super().on_exception(exception)
 

@@ -1,5 +1,7 @@
 """Workers: weighted sums, what they cost, and errors that name who did not come and why."""
 
+import os
+import signal
 import time
 from datetime import timedelta
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_slowmo import SyncError, Workers
+from lightning_slowmo.communication.in_process import in_process, together
 from lightning_slowmo.communication.pipeline import complete, start
 from tests.harness import run
 from tests.on_workers import on_workers
@@ -151,7 +154,67 @@ class EndsInFailure(EndsAsPatienceDoes):
 
 @on_workers(2)
 def test_headers_that_come_as_patience_ends_have_come(workers):
-    workers.transport._wait_for_headers(EndsAsPatienceDoes(), "a test")
+    workers.transport._wait_and_look(EndsAsPatienceDoes(), "a test", time.monotonic())
     if workers.rank == 0:  # whoever has failed need not be asked twice
         with pytest.raises(SyncError, match="Connection closed by peer"):
-            workers.transport._wait_for_headers(EndsInFailure(), "a test")
+            workers.transport._wait_and_look(EndsInFailure(), "a test", time.monotonic())
+
+
+def killed(rank: int) -> str:
+    workers = Workers.from_world(timeout=timedelta(seconds=10))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(SyncError) as caught:
+        complete(workers.sum(torch.zeros(3)))
+    return str(caught.value)
+
+
+def test_whoever_was_killed_is_named_in_a_plain_loop_too():
+    message = run(2, killed, expect_failure=True)[0]
+    assert "Ended without a word, or lost its connection: rank 1." in message
+
+
+def living_on(rank: int, operation: str) -> tuple[str, float]:
+    workers = Workers.from_world(timeout=timedelta(seconds=30))
+    workers.listen(True)
+    workers.gather([0.0])
+    if rank == 1:
+        workers.report_failure("ValueError: on purpose")
+        time.sleep(6)  # it has caught its exception, and lives on
+        return "", 0.0
+    start = time.monotonic()
+    try:
+        with workers.naming("a test"):
+            if operation == "a collective of others":
+                dist.all_reduce(torch.zeros(1))
+            elif operation == "a message":
+                complete(workers.send_and_receive(torch.zeros(1), [], [1]))
+            else:
+                complete(workers.sum(torch.zeros(1)))
+    except SyncError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("operation", ["a sum", "a message", "a collective of others"])
+def test_a_failed_worker_that_lives_on_ends_every_wait_within_two_seconds(operation):
+    message, seconds = run(2, living_on, operation)[0]
+    assert "rank 1 failed: ValueError: on purpose" in message
+    assert seconds < 2 + 1  # the rest is for a busy machine
+
+
+def test_in_one_process_too_a_failure_is_known_in_every_part_of_the_workers():
+    heard = []
+
+    def fail_in_a_part(workers: Workers) -> None:
+        part = workers.split([[0, 1], [2, 3]])
+        if workers.rank == 1:
+            raise ValueError("on purpose")
+        try:
+            part.gather([0.0])
+        except SyncError as error:
+            heard.append(str(error))
+
+    with pytest.raises(ValueError, match="on purpose"):
+        together(in_process(4, timedelta(seconds=5)), fail_in_a_part)
+    assert heard == ["rank 0 could not meet the other workers for a header. rank 1 failed: ValueError: on purpose"]

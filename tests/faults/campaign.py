@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +78,32 @@ SHARDED = ("SlowMo", "BMUF", "DiLoCo")
 TWO_LEVELS = ("local SGD", "SlowMo", "BMUF", "DiLoCo", "SGP")
 """Algorithms that are also tried between nodes of two processes."""
 
+SHARE_GRADIENTS = ("AllReduce", "apmsqueeze", "sketched_sgd", "sensed_sgd")
+"""Algorithms that average gradients, at least at first: one worker's NaN reaches all before anybody can be left out."""
+
 FAULTS = (
     "kill",
+    "kill in validation",
+    "kill at start",
+    "freeze",
     "stop and wake",
     "SIGTERM",
     "exception",
+    "exception in validation",
+    "exception at start",
     "NaN",
+    "NaN, skipped",
     "uneven inputs",
+    "full disk",
     "damaged checkpoint",
     "unequal start",
 )
+
+FREEZE_TIMEOUT = timedelta(seconds=3)
+"""``sync_timeout`` where a worker freezes for ever."""
+
+DISK_BYTES = 64 * 1024
+"""Size of the disk that gets full: room for the first epoch's checkpoint, and for hardly more."""
 
 DAMAGES = ("flip", "truncate", "remove")
 
@@ -99,7 +117,8 @@ class Scenario:
         size: number of processes.
         fault: one of :data:`FAULTS`.
         victim: the rank to which it happens.
-        step: after how many batches of the victim; always after the first epoch, so that there is a checkpoint.
+        step: after how many batches of the victim; always after the first epoch, so that there is a checkpoint. (Faults
+            in validation happen in the second epoch's, and those at the start before anything.)
         per_node: processes of a node, or None for one level.
         shard: whether slow state is sharded.
         damage: one of :data:`DAMAGES`.
@@ -121,7 +140,7 @@ class Scenario:
         """Scenario number ``index`` of a campaign; does not depend on those before."""
         draw = random.Random(f"{seed}/{index}")
         algorithm, size, fault = draw.choice(list(ALGORITHMS)), draw.randint(2, 4), draw.choice(FAULTS)
-        # Inside a node DDP needs even inputs, and has failures of its own.
+        # Inside a node DDP needs even inputs.
         nodes = size == 4 and algorithm in TWO_LEVELS and fault != "uneven inputs" and draw.random() < 0.5
         return cls(
             algorithm,
@@ -137,27 +156,53 @@ class Scenario:
 
 
 class Strike(Callback):
-    """The scenario's fault, if it is one that happens while training runs."""
+    """The scenario's fault, if it is one that happens while the Trainer runs."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario = scenario
+        self.fault = scenario.fault
+        self.victim = scenario.victim
+        self.step = scenario.step
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """Strike the victim before it trains."""
+        if trainer.global_rank == self.victim and self.fault.endswith(" at start"):
+            self._strike(module)
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        """Strike the victim while the others validate, after the first epoch has been saved."""
+        if trainer.global_rank == self.victim and trainer.current_epoch == 1 and self.fault.endswith(" in validation"):
+            self._strike(module)
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         """Strike the victim after its step."""
-        if trainer.global_rank != self.scenario.victim or trainer.global_step != self.scenario.step:
-            return
-        if self.scenario.fault == "kill":
+        elsewhere = self.fault.endswith((" at start", " in validation"))
+        if trainer.global_rank == self.victim and trainer.global_step == self.step and not elsewhere:
+            self._strike(module)
+
+    def _strike(self, module: Any) -> None:
+        kind = re.split(" (?:at|in) |,", self.fault)[0]
+        if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.scenario.fault == "stop and wake":
+        elif kind == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif kind == "stop and wake":
             subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
-        elif self.scenario.fault == "SIGTERM":
+        elif kind == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self.scenario.fault == "exception":
+        elif kind == "exception":
             raise ValueError("on purpose")
-        elif self.scenario.fault == "NaN":
+        elif kind == "NaN":
             with torch.no_grad():
                 next(module.parameters()).fill_(float("nan"))
+
+
+class Validated(Regression):
+    """A model with a metric that is reduced in validation."""
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        """Log the loss, averaged over the workers."""
+        self.log("val_loss", self.loss(batch), sync_dist=True)
 
 
 def train(rank: int, scenario: Scenario, folder: str, resume: str | None = None) -> tuple[Any, str, str]:
@@ -170,12 +215,16 @@ def train(rank: int, scenario: Scenario, folder: str, resume: str | None = None)
     uneven = scenario.fault == "uneven inputs" and rank == scenario.victim
     batches = 2 * BATCHES + 3 if uneven else BATCHES
     optimizer = OPTIMIZERS.get(scenario.algorithm, {"momentum": 0.5})
-    module = Regression(lr=0.02, seed=1 + rank * (scenario.fault == "unequal start"), **optimizer)
+    module = Validated(lr=0.02, seed=1 + rank * (scenario.fault == "unequal start"), **optimizer)
     callbacks: list[Callback] = [ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)]
     if resume is None:
         callbacks.append(Strike(scenario))
     strategy = SlowMoStrategy(
-        ALGORITHMS[scenario.algorithm], workers_per_node=scenario.per_node, shard_slow_state=scenario.shard
+        ALGORITHMS[scenario.algorithm],
+        workers_per_node=scenario.per_node,
+        shard_slow_state=scenario.shard,
+        sync_timeout=FREEZE_TIMEOUT if scenario.fault == "freeze" and resume is None else None,
+        on_nonfinite="skip" if scenario.fault == "NaN, skipped" else "raise",
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -186,7 +235,7 @@ def train(rank: int, scenario: Scenario, folder: str, resume: str | None = None)
                 callbacks=callbacks,
                 enable_checkpointing=True,
                 max_epochs=EPOCHS + bool(resume),
-            ).fit(module, data(rank, 4 * batches), ckpt_path=resume)
+            ).fit(module, data(rank, 4 * batches), data(rank, 8), ckpt_path=resume)
         except BaseException as error:  # SIGTERMException is a SystemExit
             return None, f"{type(error).__name__}: {error}", ""
     return numbers(module), "", " ".join(str(warning.message) for warning in caught)
@@ -206,7 +255,17 @@ class Outcome:
 
 def played(run: Callable[..., list], scenario: Scenario, *arguments: Any) -> list[Outcome]:
     """The outcomes of one run by rank; a process that died has its exit code as error."""
-    ended = run(scenario.size, train, scenario, *arguments, limit=LIMIT, expect_failure=True)
+
+    def end_the_frozen(processes: list) -> None:
+        deadline = time.monotonic() + LIMIT - 5
+        for rank, process in enumerate(processes):
+            if rank != scenario.victim:
+                process.join(deadline - time.monotonic())
+        processes[scenario.victim].kill()
+
+    frozen = scenario.fault == "freeze" and len(arguments) == 1
+    meanwhile = {"meanwhile": end_the_frozen} if frozen else {}
+    ended = run(scenario.size, train, scenario, *arguments, limit=LIMIT, expect_failure=True, **meanwhile)
     return [Outcome(None, outcome) if isinstance(outcome, str) else Outcome(*outcome) for outcome in ended]
 
 
@@ -233,15 +292,23 @@ def promise(scenario: Scenario, outcomes: list[Outcome]) -> list[str]:
     """What of the promise was not kept in the first run."""
     victim, everybody = f"rank {scenario.victim}", dict(enumerate(outcomes))
     others = {rank: outcome for rank, outcome in everybody.items() if rank != scenario.victim}
-    if scenario.fault == "kill":
-        host = ["The process that held the rendezvous (usually rank 0) is gone"] if scenario.victim == 0 else []
+    if scenario.fault.startswith("kill"):
+        host = ["The process that holds the rendezvous (rank 0) is gone"] if scenario.victim == 0 else []
         return all_ended_with(others, "SyncError", f"lost its connection: {victim}", *host)
-    if scenario.fault == "exception":
+    if scenario.fault == "freeze":
+        host = ["The process that holds the rendezvous (rank 0) does not answer"] if scenario.victim == 0 else []
+        absent = (f"Did not come (within {FREEZE_TIMEOUT}): {victim}", f"lost its connection: {victim}")
+        return all_ended_with(others, "SyncError", *absent, *host)
+    if scenario.fault.startswith("exception"):
         return all_ended_with(others, "SyncError", f"{victim} failed: ValueError: on purpose")
+    if scenario.fault == "full disk":
+        return all_ended_with(everybody, "", "No space left on device")
     if scenario.fault == "NaN":
         named = re.compile(rf"The parameters of .*\b{victim}\b.* are NaN or infinite")
         unnamed = [rank for rank, outcome in everybody.items() if not named.search(outcome.error)]
         return all_ended_with(everybody, "SyncError", "") + [f"{victim} is not named to rank {r}" for r in unnamed]
+    if scenario.fault == "NaN, skipped" and scenario.algorithm in SHARE_GRADIENTS:
+        return all_ended_with(everybody, "SyncError", "No worker is left to recover from")
     if scenario.fault == "SIGTERM":
         return all_ended_with(everybody, "SIGTERMException", "")
     return all_ended_equal(outcomes)
@@ -263,14 +330,32 @@ def damage(scenario: Scenario, path: Path) -> str:
     return file.name
 
 
+@contextmanager
+def disk(scenario: Scenario) -> Iterator[str]:
+    """A folder for the checkpoints; on a small disk if that is to get full, for which one has to be root."""
+    with tempfile.TemporaryDirectory() as folder:
+        if scenario.fault != "full disk":
+            yield folder
+            return
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
 def play(scenario: Scenario, run: Callable[..., list] = run_trainers) -> list[str]:
     """Run a scenario, then go on from its newest checkpoint; returns what did not hold."""
-    with tempfile.TemporaryDirectory() as folder:
+    with disk(scenario) as folder:
         try:
             found = promise(scenario, played(run, scenario, folder))
             saved = sorted(Path(folder).glob("epoch=*.ckpt"))
+            if scenario.fault.endswith(" at start"):
+                return [*found, "a checkpoint from before the start"] if saved else found
             if not saved:
                 return [*found, "no checkpoint was left"]
+            if scenario.fault == "full disk":
+                subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
             damaged = damage(scenario, saved[-1]) if scenario.fault == "damaged checkpoint" else ""
             resumed = played(run, scenario, folder, str(saved[-1]))
         except WorkerFailed as hang:

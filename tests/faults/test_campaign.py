@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from tests.faults import campaign
-from tests.faults.campaign import FAULTS, Scenario, play
+from tests.faults.campaign import FAULTS, Outcome, Scenario, play, promise
 from tests.harness import WorkerFailed
 
 MODEL = [[1.0]]
 DONE = (MODEL, "", "")
 BASE = replace(Scenario.drawn(0, 0), algorithm="SlowMo", size=2, victim=1, per_node=None)
 LOST = "SyncError: rank 0 could not meet. Ended without a word, or lost its connection: rank 1."
+ABSENT = "SyncError: rank 0 could not meet. Did not come (within 0:00:03): rank 1."
+FAILED = "SyncError: rank 1 failed: ValueError: on purpose"
 TERMINATED = (None, "SIGTERMException: ", "")
 
 
@@ -48,7 +50,13 @@ def acted(first, resumed=(DONE, DONE), saves=True):
 
 KEPT = [
     ("kill", ((None, LOST, ""), "died with exit code -9"), (DONE, DONE)),
-    ("exception", ((None, "SyncError: rank 1 failed: ValueError: on purpose", ""), "ValueError"), (DONE, DONE)),
+    ("kill in validation", ((None, LOST, ""), "died with exit code -9"), (DONE, DONE)),
+    ("kill at start", ((None, LOST, ""), "died with exit code -9"), None),
+    ("freeze", ((None, ABSENT, ""), "died with exit code -9"), (DONE, DONE)),
+    ("exception in validation", ((None, FAILED, ""), "ValueError"), (DONE, DONE)),
+    ("exception at start", ((None, FAILED, ""), "ValueError"), None),
+    ("NaN, skipped", (DONE, DONE), (DONE, DONE)),
+    ("exception", ((None, FAILED, ""), "ValueError"), (DONE, DONE)),
     ("NaN", ((None, "SyncError: The parameters of rank 1 are NaN or infinite", ""),) * 2, (DONE, DONE)),
     ("SIGTERM", (TERMINATED, TERMINATED), (DONE, DONE)),
     ("stop and wake", (DONE, DONE), (DONE, DONE)),
@@ -60,7 +68,7 @@ KEPT = [
 
 @pytest.mark.parametrize(("fault", "first", "resumed"), KEPT, ids=[case[0] for case in KEPT])
 def test_a_promise_that_is_kept_is_no_finding(fault, first, resumed):
-    assert play(replace(BASE, fault=fault), acted(first, resumed)) == []
+    assert play(replace(BASE, fault=fault), acted(first, resumed, saves=resumed is not None)) == []
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,10 @@ def test_a_promise_that_is_kept_is_no_finding(fault, first, resumed):
             (DONE, DONE),
             "not named",
         ),
+        ("freeze", (DONE, "died"), (DONE, DONE), "rank 0 ended with no error"),
+        ("exception in validation", ((None, LOST, ""), "ValueError"), (DONE, DONE), "rank 0 ended with SyncError"),
+        ("exception at start", ((None, FAILED, ""), "ValueError"), (DONE, DONE), "a checkpoint from before the start"),
+        ("NaN, skipped", (([[float("nan")]], "", ""),) * 2, (DONE, DONE), "not finite"),
         ("SIGTERM", (TERMINATED, DONE), (DONE, DONE), "rank 1 ended with no error"),
         ("uneven inputs", (DONE, ([[2.0]], "", "")), (DONE, DONE), "the final models differ"),
         ("uneven inputs", (([[float("inf")]], "", ""),) * 2, (DONE, DONE), "not finite"),
@@ -89,6 +101,21 @@ def test_a_promise_that_is_not_kept_is_a_finding(fault, first, resumed, finding)
     found = play(replace(BASE, fault=fault), acted(first, resumed))
     assert found
     assert all(finding in text for text in found)
+
+
+def test_a_full_disk_that_nobody_speaks_of_is_a_finding():
+    full = replace(BASE, fault="full disk")
+    said = Outcome(None, "OSError: [Errno 28] No space left on device")
+    assert promise(full, [said, Outcome(None, f"SyncError: rank 0 failed: {said.error}")]) == []
+    assert promise(full, [said, Outcome(None, "SyncError: lost")])
+    assert promise(full, [Outcome([[1.0]]), Outcome([[1.0]])])
+
+
+def test_nan_that_went_round_with_the_gradients_has_to_be_said():
+    shared = replace(BASE, fault="NaN, skipped", algorithm="AllReduce")
+    said = Outcome(None, "SyncError: The parameters of rank 0, rank 1 are NaN. No worker is left to recover from.")
+    assert promise(shared, [said, said]) == []
+    assert promise(shared, [said, Outcome([[float("nan")]])])
 
 
 def test_a_run_that_leaves_no_checkpoint_is_a_finding():

@@ -1,12 +1,16 @@
 """A worker that fails, is killed, or never comes: the others end soon, and know why."""
 
 import os
+import re
 import signal
+import subprocess
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_slowmo import LocalSGD, SlowMo, SlowMoStrategy
@@ -16,6 +20,8 @@ from tests.trainer.models import Regression, data, trainer
 SYNC_EVERY = 4
 SOON = 8.0
 """Seconds within which the others must have ended. Two are usual; the machine may be busy."""
+
+RENDEZVOUS_GONE = "The process that holds the rendezvous (rank 0) is gone."
 
 
 class Misfortune(Callback):
@@ -118,7 +124,7 @@ def test_when_the_process_is_killed_that_holds_the_rendezvous_the_other_says_so(
     died, (text, after) = run_trainers(2, fit, 2, 0, die, str(tmp_path), expect_failure=True)
     assert died == f"died with exit code {-signal.SIGKILL}"
     assert text.startswith("SyncError")
-    assert "The process that held the rendezvous (usually rank 0) is gone." in text
+    assert RENDEZVOUS_GONE in text
     assert after < SOON
 
 
@@ -180,3 +186,125 @@ def test_workers_that_do_not_belong_together_all_say_so():
         for text, after in outcomes:
             assert message in text, name
             assert after < SOON
+
+
+# Wherever the others are ----------------------------------------------------------------------------------------------
+
+
+class Gather(Regression):
+    """A model whose validation gathers by torch.distributed itself, as torchmetrics do."""
+
+    def on_validation_epoch_end(self):
+        dist.all_gather_object([None] * self.trainer.world_size, "a metric")
+
+
+class At(Callback):
+    """Something that happens to one rank in a hook, for the first time after ``after`` calls."""
+
+    def __init__(self, hook, rank, happen, after):
+        self.at = 0.0
+        self.calls = 0
+
+        def strike(trainer, *_, **__):
+            self.calls += 1
+            if self.calls == after + 1:
+                self.at = time.monotonic()
+                if trainer.global_rank == rank:
+                    happen()
+
+        setattr(self, hook, strike)
+
+
+PLACES = {
+    "start": ("setup", 0),
+    "start of the fit": ("on_fit_start", 0),
+    "validation": ("on_validation_batch_end", 1),
+    "validation without fit": ("on_validation_batch_end", 1),
+    "inside a node": ("on_before_backward", 2),
+}
+"""Where a worker fails: a hook, and how often that is called before."""
+
+
+def live_on(rank, who, happen, place, folder):
+    """Fail at one place, catch the exception, and stay alive while the others wait."""
+    at = At(PLACES[place][0], who, happen, PLACES[place][1])
+    strategy = SlowMoStrategy(SlowMo(sync_every=SYNC_EVERY), workers_per_node=2 if "node" in place else None)
+    fitting = trainer(2, strategy, callbacks=at)
+    call = fitting.validate if place == "validation without fit" else fitting.fit
+    try:
+        call(Gather(), data(rank), *([data(rank)] if place == "validation" else []))
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}", time.monotonic() - at.at
+        for _ in range(200):  # in a notebook, say; the other needs no more than seconds
+            Path(folder, str(rank)).touch()
+            if rank != who or Path(folder, str(1 - rank)).exists():
+                return outcome
+            time.sleep(0.1)
+        return "the others never came to their end", 0.0
+    return "no error", 0.0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("place", PLACES)
+def test_an_exception_is_known_within_seconds_wherever_the_others_wait(tmp_path, place):
+    own, (text, after) = run_trainers(2, live_on, 0, fail, place, str(tmp_path))
+    assert own[0] == "ValueError: on purpose"
+    assert "rank 0 failed: ValueError: on purpose" in text
+    assert after < SOON
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("place", "who"), [("start", 1), ("validation", 1), ("validation", 0), ("inside a node", 1)])
+def test_a_kill_is_known_within_seconds_wherever_the_others_wait(tmp_path, place, who):
+    results = run_trainers(2, live_on, who, die, place, str(tmp_path), expect_failure=True)
+    assert results[who] == f"died with exit code {-signal.SIGKILL}"
+    text, after = results[1 - who]
+    assert "Ended without a word, or lost its connection: rank 1." in text or (who == 0 and RENDEZVOUS_GONE in text)
+    assert after < SOON
+
+
+# The process that holds the rendezvous --------------------------------------------------------------------------------
+
+LIMIT = timedelta(seconds=2)
+
+
+def freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def freeze_and_wake():
+    subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+    freeze()
+
+
+@pytest.mark.processes
+def test_a_rendezvous_that_freezes_for_ever_is_named_soon_after_sync_timeout(tmp_path):
+    def kill_the_frozen_when_the_others_have_ended(processes):
+        for process in processes[1:]:
+            process.join(30)
+        processes[0].kill()
+
+    died, *others = run_trainers(
+        3,
+        fit,
+        3,
+        0,
+        freeze,
+        str(tmp_path),
+        LIMIT,
+        expect_failure=True,
+        meanwhile=kill_the_frozen_when_the_others_have_ended,
+    )
+    assert died == f"died with exit code {-signal.SIGKILL}"
+    for text, after in others:
+        assert text.startswith("SyncError")
+        assert "The process that holds the rendezvous (rank 0) does not answer" in text
+        assert after < LIMIT.total_seconds() + 5 + 4  # the rest is for Lightning and a busy machine
+
+
+@pytest.mark.processes
+def test_a_rendezvous_that_was_frozen_is_named_when_it_wakes_up(tmp_path):
+    results = run_trainers(3, fit, 3, 0, freeze_and_wake, str(tmp_path), LIMIT)
+    for text, _ in results:
+        assert text.startswith("SyncError")
+        assert re.search(r"(frozen|gone|gave up|given up|come).*rank 0|rank 0\) (was|does)", text), text
