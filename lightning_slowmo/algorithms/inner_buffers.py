@@ -73,7 +73,7 @@ def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -
         if id(parameter) not in but
         and isinstance(value, Tensor)
         and value.shape == parameter.shape
-        and value.is_floating_point()
+        and (value.is_floating_point() or value.is_complex())
         and name != "step"  # a scalar as well, and to be told from the buffers of scalar parameters by name alone
     ]
     counts = workers.gather([len(buffers), sum(buffer.numel() for buffer in buffers)], "averaging the inner buffers")
