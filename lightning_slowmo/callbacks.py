@@ -10,7 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_slowmo import private
 from lightning_slowmo.averaging import average_tensors
+from lightning_slowmo.buffers import shared
 from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.consistency import compare_buffers
 from lightning_slowmo.core import StrategyCore
 
 if TYPE_CHECKING:
@@ -61,8 +63,10 @@ class AtSyncMixin(EMAWeightAveraging):
         if super().should_update(core.running.rounds - 1):
             average = private.averaged_model(self)
             average.update_parameters(pl_module)
+            masks = compare_buffers(average.module, core.everyone)
             with torch.no_grad():
-                average_tensors(list(average.module.buffers()), core.everyone)
+                buffers = [slot.tensor for slot in shared(average.module) if slot.name not in masks]
+                average_tensors(buffers, core.everyone)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End with the average, if there is one."""
