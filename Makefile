@@ -13,7 +13,7 @@ extras-dev := dev
 extras-everything := dev,translation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test translation faults lint format clean
+.PHONY: help setup quickstart test oldest translation faults gpu lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,12 +26,18 @@ quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four str
 test: lint  ## lint, type-check, and run all tests but the slow ones, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
+oldest: .venv-oldest/dev.stamp  ## run the tests with the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not faults"
+
 translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
 	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py
 
 faults: .venv/dev.stamp  ## run the slow tests, then COUNT faults drawn from SEED: workers that die, wait and fail
 	$(BIN)/python -m pytest -m faults
 	$(BIN)/python -m tests.faults.campaign --seed $(SEED) --count $(COUNT)
+
+gpu: .venv/dev.stamp  ## run what only a GPU can show, in four minutes on one card; skipped where there is none
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: .venv/dev.stamp  ## check style and types
 	$(BIN)/ruff check
@@ -42,8 +48,8 @@ format: .venv/dev.stamp  ## bring the code into the form that lint wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:  ## remove .venv and what runs leave behind
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
+clean:  ## remove the environments and what runs leave behind
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves and installs in a fraction of pip's time; it is itself installed into .venv.
@@ -54,4 +60,13 @@ $(BIN)/uv:
 
 $(EXTRAS:%=.venv/%.stamp): .venv/%.stamp: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable ".[$(extras-$*)]"
+	@touch $@
+
+# First the oldest versions of what the package itself needs; then the tools for the tests, which must leave these alone.
+.venv-oldest/dev.stamp: pyproject.toml | $(BIN)/uv
+	$(BIN)/uv venv --clear --python $(BIN)/python .venv-oldest
+	$(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct --editable .
+	$(BIN)/uv pip freeze --python .venv-oldest/bin/python --exclude-editable > .venv-oldest/oldest.txt
+	$(BIN)/uv pip install --python .venv-oldest/bin/python --compile-bytecode --constraint .venv-oldest/oldest.txt \
+		--editable ".[$(extras-dev)]"
 	@touch $@

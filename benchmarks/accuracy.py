@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.processes import WorkerFailed, run
 from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, Engine, SlowMo, Workers
 from lightning_slowmo.compression import QSGD, Sign, SignTopK
-from tests.harness import WorkerFailed, run
 
 SPLITS = ("train", "test")
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.processes import run
 from lightning_slowmo import Engine, Gossip, Workers, topology
-from tests.harness import run
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "gossip_consensus.png"
 STEPS = 36

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.processes import run
 from lightning_slowmo import Engine, Gossip, LocalSGD, SlowMo, Workers
-from tests.harness import run
 
 VARIANTS = {
     "none": LocalSGD(sync_every=10**9),

@@ -18,9 +18,9 @@ import time
 import torch
 
 from benchmarks.contenders import Setting, adapted
+from benchmarks.processes import run
 from benchmarks.slow_links import model_shapes
 from lightning_slowmo import PRESETS, Engine, Workers
-from tests.harness import run
 
 DEFAULT = ("slowmo", "sgp", "qprsgd", "squarm_sgd", "apmsqueeze")
 

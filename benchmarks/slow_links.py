@@ -47,6 +47,7 @@ from tqdm import tqdm
 from benchmarks import images
 from benchmarks.contenders import ROWS, Setting
 from benchmarks.network import Network, Unavailable, check, enter, interface_bytes
+from benchmarks.processes import WorkerFailed, run_trainers
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.plan import (
     DDP,
@@ -58,7 +59,6 @@ from lightning_slowmo.plan import (
     predict,
 )
 from lightning_slowmo.traffic import layout_of, syncs
-from tests.harness import WorkerFailed, run_trainers
 
 EVALUATIONS = 10
 """How often a run for accuracy is tested."""

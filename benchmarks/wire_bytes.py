@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.overlap import on_the_interface
+from benchmarks.processes import run
 from lightning_slowmo import QPRSGD, Algorithm, APMSqueeze, Engine, LocalSGD, SlowMo, SQuARM, Workers
 from lightning_slowmo.communication.compressed import mean_bytes
 from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.compression import QSGD, Compressor, Sign, SignTopK, TopK
 from lightning_slowmo.parameters import Layout
-from tests.harness import run
 
 THREE_BITS = QSGD(bits=3, norm="max", bucket=512)
 HEADER = 8 * len(Header(Reason.SYNC, pending=(1,)).numbers())

@@ -149,7 +149,7 @@ if not TYPE_CHECKING:
     try:
         from lightning.pytorch.callbacks import EMAWeightAveraging as _Base
         from lightning.pytorch.callbacks import ModelPruning as _Pruning
-    except ImportError:  # pytorch_lightning alone is installed, or Lightning is older than 2.6
+    except ImportError:  # pytorch_lightning alone is installed
         pass
     else:
 

@@ -48,6 +48,7 @@ class Consensus:
         self._own: list[list[Tensor]] | None = None
         self._own_untrained: list[Tensor] = []
         self._own_buffers = Aside(None)
+        self._own_iterates: list[list[Tensor]] = []
 
     @property
     def entered(self) -> bool:
@@ -69,6 +70,7 @@ class Consensus:
         self._own = [each.layout.snapshot() for each in running]
         self._own_untrained = [tensor.clone() for tensor in self.untrained.values()]
         self._own_buffers = Aside(self.module)
+        self._own_iterates = [[tensor.clone() for tensor in each.iterates.tensors()] for each in running]
         self._load(running, meeting)
 
     def leave(self, running: Sequence[Running]) -> None:
@@ -79,12 +81,12 @@ class Consensus:
         if self._own is None:
             return
         with torch.no_grad():
-            for each, snapshot in zip(running, self._own, strict=True):
+            for each, snapshot, iterates in zip(running, self._own, self._own_iterates, strict=True):
                 each.layout.restore(snapshot)
-            for tensor, own in zip(self.untrained.values(), self._own_untrained, strict=True):
-                tensor.copy_(own)
+                _copy(each.iterates.tensors(), iterates)
+            _copy(list(self.untrained.values()), self._own_untrained)
             self._own_buffers.put_back(self.masks)
-        self._own, self._own_untrained, self._own_buffers = None, [], Aside(None)
+        self._own, self._own_untrained, self._own_iterates, self._own_buffers = None, [], [], Aside(None)
 
     def settle(self, running: Sequence[Running], meeting: Meeting) -> None:
         """Load the consensus for good: training ends, or goes on from there."""
@@ -97,11 +99,13 @@ class Consensus:
             for index, each in enumerate(running):
                 each.averager.drain()
                 round = meeting.round(Header(Reason.SYNC, index))
-                if for_good:
-                    each.averager.finish(round)
-                    each.moved()
-                else:
-                    each.averager.consensus(round)
+                with each.iterates.following(self.workers) as average_offsets:
+                    if for_good:
+                        each.averager.finish(round)
+                        each.moved()
+                    else:
+                        each.averager.consensus(round)
+                    average_offsets(round.weights)
             besides = [*self._buffers(), *self.untrained.values()]
             average_tensors(besides, self.everyone, [float(not header.poisoned) for header in meeting.headers])
 
@@ -179,13 +183,13 @@ class Consensus:
     def local_state(self, running: Sequence[Running]) -> dict[str, Any]:
         """This worker's own parameters and buffers, also while the model holds the consensus."""
         own = self._own if self._own is not None else [each.layout.snapshot() for each in running]
-        untrained = self._own_untrained if self.entered else list(self.untrained.values())
-        buffers = self._own_buffers if self.entered else Aside(self.module)
+        iterates = self._own_iterates if self.entered else [each.iterates.tensors() for each in running]
         return {
             "parameters": [each.layout.per_parameter(flat) for each, flat in zip(running, own, strict=True)],
             "moving": list(self.untrained),
-            "untrained": untrained,
-            "buffers": buffers.values,
+            "untrained": self._own_untrained if self.entered else list(self.untrained.values()),
+            "buffers": (self._own_buffers if self.entered else Aside(self.module)).values,
+            "iterates": iterates,  # the optimizer's state is saved too, but perhaps while it holds the consensus's
         }
 
     def load_local_state(self, running: Sequence[Running], state: dict[str, Any]) -> None:
@@ -200,6 +204,12 @@ class Consensus:
                 untrained, saved = saved[len(saved) - count :], saved[: len(saved) - count]
             else:
                 untrained = state["untrained"]
-            for tensor, own in zip(self.untrained.values(), untrained, strict=True):
-                tensor.copy_(own)
+            _copy(list(self.untrained.values()), untrained)
             load_buffers(self.module, saved)
+            for each, iterates in zip(running, state.get("iterates", ()), strict=False):  # version 0.1 saved none
+                _copy(each.iterates.tensors(), iterates)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import Algorithm
+from lightning_slowmo.algorithms.base import Algorithm, Running
 from lightning_slowmo.buffers import Slot, shared, slots
 from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.meeting import require_equal
@@ -201,13 +201,20 @@ def _fingerprint(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def require_same_start(layouts: Iterable[Layout], everyone: Workers) -> None:
+def require_same_start(running: Sequence[Running], everyone: Workers) -> None:
     """Make sure that all workers start from the same point: differences between them would pass for training progress.
 
     Raises:
-        SyncError: on every worker; names those that start elsewhere.
+        SyncError: on every worker; names those that start elsewhere, or says which optimizers keep other copies of the
+            parameters.
     """
-    high, low = divmod(checksum(layouts), 2**32)
+    require_equal(
+        everyone,
+        "The optimizers' own copies of the parameters",
+        "; ".join(str(each.iterates) for each in running),
+        "Use the same optimizers on every rank.",
+    )
+    high, low = divmod(checksum(each.layout for each in running), 2**32)
     sums = everyone.gather([high, low], "checksums of the initial parameters")
     others = [name for name, own in zip(everyone.names, sums, strict=True) if own != sums[0]]
     if others:

@@ -108,7 +108,7 @@ class StrategyCore:
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
-    def make_groups(self, node_rank: int, local_rank: int, device: torch.device) -> None:
+    def make_groups(self, node_rank: int, local_rank: int, device: torch.device, backend: str | None = None) -> None:
         """Make this strategy's process groups; every process must call this, after ``init_process_group``.
 
         Called again with the same default process group, it keeps the groups that there are.
@@ -116,7 +116,8 @@ class StrategyCore:
         Args:
             node_rank: number of this process's machine.
             local_rank: number of this process on its machine.
-            device: where the parameters are; decides the backend.
+            device: where the parameters are.
+            backend: what they travel by, see :meth:`Workers.from_world`.
 
         Raises:
             ValueError: if ``workers_per_node`` does not divide the processes of a machine.
@@ -124,7 +125,7 @@ class StrategyCore:
         if self._world is dist.group.WORLD:
             return
         self._world = dist.group.WORLD
-        self.everyone = self.workers = Workers.from_world(self.sync_timeout, device)
+        self.everyone = self.workers = Workers.from_world(self.sync_timeout, device, backend)
         if self.workers_per_node is not None:
             self.node, self.workers = two_levels(self.everyone, self.workers_per_node, node_rank, local_rank)
 

@@ -26,7 +26,8 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import Algorithm, SyncReport, are_finite, learning_rates
+from lightning_slowmo.algorithms.base import Algorithm, SyncReport, learning_rates
+from lightning_slowmo.averaging.finite import is_finite
 from lightning_slowmo.communication.broadcast import broadcast_state, broadcast_tensors
 from lightning_slowmo.communication.meeting import Header, Level, Meeting, Reason, meet
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
@@ -102,7 +103,7 @@ class Engine:
         self.peers = None if everyone is None else workers.places
         require_same_setting(self.algorithm, self._optimizers, self.everyone, self.module)
         self.units = [self.algorithm.bind(optimizer, workers) for optimizer in self._optimizers]
-        require_same_start([running.layout for running in self.units], self.everyone)
+        require_same_start(self.units, self.everyone)
         if self._shard or self._offload:
             for running in self.units:
                 running.place_slow_state(self._shard, self._offload)
@@ -256,7 +257,10 @@ class Engine:
         if wanted.reason is Reason.GRADIENTS:
             running.innermost.sync_gradients(round)
             return self.total.drift, 0, 0
-        synced = running.sync(round)
+        with running.iterates.following(self.workers) as average_offsets:
+            synced = running.sync(round)
+            if synced.agreed:
+                average_offsets(round.weights)
         if self.rounds <= 2:
             self._consensus.look_for_untrained(self.units)
         self._consensus.average_untrained()
@@ -284,7 +288,7 @@ class Engine:
             stop=self.stop,
             terminate=self.terminate,
             save=self.save,
-            poisoned=checked and not all(are_finite(running.layout.parameters) for running in self.units),
+            poisoned=checked and not all(is_finite(running.layout) for running in self.units),
             rates=zlib.crc32(repr(rates).encode()),
             pending=pending,
         )

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import pytorch_lightning
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_slowmo.callbacks import AtSyncMixin
@@ -15,14 +16,8 @@ class SlowMoStrategy(SlowMoMixin, DDPStrategy):  # type: ignore[misc]  # noqa: D
     package: ClassVar = pytorch_lightning
 
 
-try:
-    from pytorch_lightning.callbacks import EMAWeightAveraging
-except ImportError:  # older than 2.6
-    pass
-else:
-
-    class EMAAtSync(AtSyncMixin, EMAWeightAveraging):  # type: ignore[misc]  # noqa: D101
-        __doc__ = AtSyncMixin.__doc__
+class EMAAtSync(AtSyncMixin, EMAWeightAveraging):  # type: ignore[misc]  # noqa: D101
+    __doc__ = AtSyncMixin.__doc__
 
 
 SlowMoStrategy.register_strategies(StrategyRegistry)

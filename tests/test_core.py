@@ -128,14 +128,14 @@ def meet_and_hold_the_consensus(rank):
     script = Script(rank, LocalSGD(100)).train(2)
     own, core = bits(script.module), script.core
     with core.consensus():
-        assert not core.must_meet
-        core.meet(Reason.BROADCAST)  # returns at once, although only this rank comes
+        core.meet(Reason.BROADCAST)
         held = bits(script.module)
     assert same(own, bits(script.module))
-    assert core.must_meet
     core.meet(Reason.BARRIER)
     core.training = False
-    with core.consensus():  # the workers no longer meet
+    if rank == 0:
+        core.meet(Reason.BARRIER)  # outside training nobody is waited for
+    with core.consensus():
         assert same(own, bits(script.module))
     return own, held
 
@@ -145,6 +145,21 @@ def test_the_consensus_is_held_in_its_context_alone():
     first, second = run(2, meet_and_hold_the_consensus)
     assert not same(first[0], second[0])
     assert same(first[1], second[1])
+
+
+def meet_for_different_reasons_in_the_consensus(rank):
+    core = Script(rank, LocalSGD(100)).train(2).core
+    core.enter_consensus(Reason.CONSENSUS)
+    busy = core.meet if rank == 0 else core.leave_consensus
+    with pytest.raises(SyncError) as raised:
+        busy(Reason.BROADCAST if rank == 0 else Reason.CONSENSUS)
+    return str(raised.value)
+
+
+@pytest.mark.processes
+def test_one_that_still_communicates_inside_the_consensus_while_others_leave_is_named():
+    for text in run(2, meet_for_different_reasons_in_the_consensus):
+        assert "The workers came together for different reasons: rank 0 broadcast, rank 1 consensus" in text
 
 
 def two_levels(rank):
@@ -209,6 +224,6 @@ def test_invalid_options_are_refused_before_anything_starts(options, message):
 def test_without_an_engine_the_error_says_what_is_missing():
     core = StrategyCore()
     assert core.report.count == 0
-    assert not core.must_meet
+    core.meet(Reason.BARRIER)  # nobody is waited for
     with pytest.raises(RuntimeError, match="no engine before the model and its optimizers are set up"):
         core.restore(type("R", (), {"shared": {}, "local": None})())

@@ -1,10 +1,7 @@
 """The engine on real workers: what is averaged and when, consensus, uneven inputs, state, and its bill."""
 
-import io
 import pickle
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +10,7 @@ from torch.nn import Parameter
 from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, LocalSGD, SlowMo, SyncError, Workers
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.communication.broadcast import broadcast_tensors
-from tests.algorithms.training import CHANGING, MOMENTUM, Training, random_problem, same, small_buckets, train
+from tests.algorithms.training import CHANGING, Training, random_problem, same, small_buckets
 from tests.on_workers import on_workers
 
 
@@ -234,64 +231,7 @@ def test_unequal_initial_models_become_equal_once_they_are_broadcast(workers):
 # Parameters that come later -------------------------------------------------------------------------------------------
 
 
-@on_workers(2, each=[LocalSGD(2), SlowMo(sync_every=2), BMUF(2), DiLoCo(2), AllReduce()])
-def test_parameters_that_are_added_or_unfrozen_during_training_join(workers, case):
-    first, frozen, late = (Parameter(torch.full((size,), 1.0, dtype=torch.float64)) for size in (2, 3, 4))
-    frozen.requires_grad_(False)
-    optimizer = torch.optim.SGD([first, frozen], lr=0.1)
-    engine = Engine(case, [optimizer], workers)
-
-    def step():
-        for parameter in (first, frozen, late):
-            parameter.grad = torch.full_like(parameter, 1.0 + workers.rank) if parameter.requires_grad else None
-        engine.after_backward()
-        engine.before_step()
-        optimizer.step()
-        return engine.after_step()
-
-    step(), step(), step()
-    assert frozen.tolist() == [1.0] * 3
-    frozen.requires_grad_(True)
-    optimizer.add_param_group({"params": [late], "lr": 0.2})
-    for _ in range(5):
-        step()
-    for parameter in (first, frozen, late):
-        assert everywhere(workers, [parameter])
-        assert parameter.max() < 1
-
-
 # State ----------------------------------------------------------------------------------------------------------------
-
-
-@on_workers(1, 2, 3)
-def test_training_goes_on_bit_exactly_from_saved_state_in_the_middle_of_a_period(workers):
-    problem = replace(random_problem(7), rates=CHANGING.rates)
-    outer = DiLoCo(4, outer_optimizer=torch.optim.Adam)
-    for algorithm in (
-        LocalSGD(4),
-        SlowMo(sync_every=4),
-        SlowMo(LocalSGD(2), sync_every=4, average=False),
-        BMUF(4, warmup_steps=8, block_momentum=0.5),
-        DiLoCo(4),
-        outer,
-    ):
-        expected = train(workers, algorithm, problem, MOMENTUM)
-        before = Training(workers, algorithm, problem, MOMENTUM)
-        for _ in range(10):
-            before.step()
-        file = io.BytesIO()
-        engine = before.engine
-        torch.save([engine.shared_state(), engine.local_state(), before.optimizer.state_dict()], file)
-        file.seek(0)
-        shared, local, inner = torch.load(file, weights_only=True)
-
-        after = Training(workers, algorithm, problem, MOMENTUM)
-        after.optimizer.load_state_dict(inner)
-        after.engine.load_shared_state(shared)
-        after.engine.load_local_state(local)
-        after.steps = before.steps
-        np.testing.assert_array_equal(after.values(), before.values())
-        np.testing.assert_array_equal(after.trajectory(), expected[10:])
 
 
 @on_workers(2)

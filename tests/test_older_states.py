@@ -1,7 +1,8 @@
 """States that version 0.1 saved in the middle of a run: today's code goes on from them to the last bit.
 
 ``data/states_of_0_1.json.gz`` holds, for two gloo workers and many configurations, the state after 10 of 24 steps and
-parameters afterwards. It is replayed here on two workers in this process.
+parameters afterwards. It is replayed here on two workers in this process. Random quantizers draw other noise since
+version 0.2 (from a counter, so that GPUs and CPUs draw the same), so with them runs are equal up to the next message.
 """
 
 import gzip
@@ -22,6 +23,9 @@ OPTIMIZERS = {"plain": PLAIN, "momentum": MOMENTUM, "adam": partial(torch.optim.
 NAMES = {name: getattr(lightning_slowmo, name) for name in lightning_slowmo.__all__} | vars(compression)
 SAVED_AT, SEEN = 10, (0, 3, -1)
 """Steps before the state was saved, and after it, those whose parameters are known."""
+
+
+DRAWS_OTHER_NOISE = ("slowmo_compressed", "slowmo_qprsgd", "qprsgd", "qprsgd_gossip")
 
 
 @cache
@@ -62,6 +66,7 @@ def test_training_goes_on_bit_exactly_from_a_state_of_the_first_version(case):
         training.steps = SAVED_AT
         return training.trajectory()
 
+    seen = SEEN[:1] if case in DRAWS_OTHER_NOISE else SEEN
     for rank, rows in enumerate(together(in_process(2), go_on)):
-        for step, expected in zip(SEEN, record["workers"][rank]["after"], strict=True):
+        for step, expected in zip(seen, record["workers"][rank]["after"], strict=False):
             np.testing.assert_array_equal(rows[step], plain(expected).numpy(), f"worker {rank}, step {step}")

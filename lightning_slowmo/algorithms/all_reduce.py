@@ -18,7 +18,6 @@ from lightning_slowmo.averaging.sparse import average_sparse
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout
-from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import gradient
 
 NO_GRADIENT, DENSE, SPARSE = 0.0, 1.0, 2.0
@@ -51,7 +50,6 @@ class RunningAllReduce(Running):
 
     def __init__(self, optimizer: Optimizer, workers: Workers) -> None:
         super().__init__(optimizer, workers)
-        self._scratch = Scratch()
         self._gradient_layout: tuple[list[bool], Layout] | None = None
 
     def after_step(self) -> None:
@@ -80,11 +78,10 @@ class RunningAllReduce(Running):
         sparse = [SPARSE in kind and DENSE not in kind for kind in kinds]
         used = [any(kind) and not is_sparse for kind, is_sparse in zip(kinds, sparse, strict=True)]
         layout = self._layout_of_gradients(parameters, used)
-        average(layout.buckets, self.workers, self._scratch, weights)
-        if any(sparse):
-            average_sparse(
-                [p for p, is_sparse in zip(parameters, sparse, strict=True) if is_sparse], self.workers, weights
-            )
+        average(layout.buckets, self.workers, self.averager.scratch, weights)
+        with_sparse = [parameter for parameter, is_sparse in zip(parameters, sparse, strict=True) if is_sparse]
+        if with_sparse:
+            average_sparse(with_sparse, self.workers, weights)
         self.pending = int(mine)
 
     def _layout_of_gradients(self, parameters: list[Tensor], used: list[bool]) -> Layout:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
+from lightning_slowmo.algorithms.iterates import Iterates
 from lightning_slowmo.averaging import Averager, ExactAverager
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Layout
-from lightning_slowmo.private import foreach_norm
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,7 @@ class Running(ABC):
     Attributes:
         layout: how the trained parameters lie in messages.
         averager: makes means of them.
+        iterates: the optimizer's own copies of the parameters, which must meet as these do.
         innermost: the algorithm inside all outer loops, which counts steps and exchanges gradients: this one itself, if
             it is no outer loop.
         pending: local steps since the parameters were last averaged; on the innermost algorithm alone.
@@ -149,6 +148,7 @@ class Running(ABC):
         layout = base.layout if base is not None else Layout(self.groups(), workers.sizes, fragments=fragments)
         self.layout: Layout = layout
         self.averager: Averager = base.averager if base is not None else ExactAverager(self.layout, workers)
+        self.iterates: Iterates = base.iterates if base is not None else Iterates(optimizer)
         self.pending = 0
         self.loss_scale: float | None = None
 
@@ -224,8 +224,9 @@ class Running(ABC):
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each parameter group."""
-    return [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+    """The learning rate of each parameter group; 1 where there is none, or where the optimizer sets it (None)."""
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    return [1.0 if rate is None else float(rate) for rate in rates]
 
 
 def agreed_rates(optimizer: Optimizer, workers: Workers, round: Round) -> list[float]:
@@ -234,18 +235,6 @@ def agreed_rates(optimizer: Optimizer, workers: Workers, round: Round) -> list[f
     if round.same_rates:
         return rates
     return [math.fsum(column) / workers.size for column in zip(*workers.gather(rates), strict=True)]
-
-
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements of all tensors are finite."""
-    if not tensors:
-        return True
-    tensors = [tensor.detach() for tensor in tensors]
-    norms = [norm.double() for norm in foreach_norm(tensors)]
-    if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
-        return True
-    # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def check_period(name: str, value: Any, least: int = 1) -> None:

@@ -141,9 +141,8 @@ class RunningBMUF(RunningOuterLoop):
     rule = staticmethod(block_update)
 
     def __init__(self, config: BMUF, optimizer: Optimizer, workers: Workers) -> None:
-        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
         base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments)
-        super().__init__(base, config.sync_every // config.fragments, treatment, optimizer, workers)
+        super().__init__(base, config.sync_every // config.fragments, config.inner_buffers, optimizer, workers)
         self.config = config
         self.block_momentum = 1 - 1 / workers.size if config.block_momentum is None else config.block_momentum
         self.blocks = 0

@@ -90,7 +90,9 @@ class RunningLocalSGD(Running):
     def after_step(self) -> None:
         """Count a local step, during which an average may have been under way."""
         super().after_step()
-        self.averager.after_step()
+        if self.averager.after_step():
+            with self.iterates.following(self.workers):
+                self.averager.land()
 
     def due(self) -> Level:
         """After every ``sync_every`` local steps."""

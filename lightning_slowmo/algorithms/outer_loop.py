@@ -13,26 +13,21 @@ started: in half precision, its rounded value.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import Running, Synced
+from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
 from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.outer_step import OuterStep, Rule, Scalars
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.parameters import Block, Layout
-
-Rule = Callable[..., tuple[Tensor, Tensor]]
-"""An outer rule: see the head of this file. The memory of what it is given may hold its results."""
-
-Scalars = dict[str, Any]
-"""The numbers that a rule needs beside tensors."""
+from lightning_slowmo.parameters import Layout
 
 
 class RunningOuterLoop(Running):
@@ -59,7 +54,7 @@ class RunningOuterLoop(Running):
         self,
         base: Running,
         sync_every: int,
-        buffers: Literal["reset", "maintain", "average"],
+        buffers: InnerBuffers,
         optimizer: Optimizer,
         workers: Workers,
         average: bool = True,
@@ -122,13 +117,13 @@ class RunningOuterLoop(Running):
             return self.base.sync(round)
         if self.averages:  # one average serves the base and the outer step
             self.averager.drain()  # which may end the outer step before
-            move = partial(self._move, self.scalars(round))
+            move = self._step(round)
             self._treat_buffers()
             agreed, drift = self.averager.agrees(round), self.averager.average(round, move)
             self.innermost.pending = 0
             synced = Synced(drift, agreed=agreed)
         else:
-            move = partial(self._move, self.scalars(round))
+            move = self._step(round)
             self._treat_buffers()
             drift, skipped, _ = self.base.sync(round) if round.levels & Level.BASE else Synced()
             synced = Synced(drift, skipped)
@@ -148,17 +143,11 @@ class RunningOuterLoop(Running):
         taken begins here.
         """
         elsewhere = self.layout.outside(self.averager.fragment)
-        if self.buffers == "reset":
-            inner_buffers.reset(self.optimizer, elsewhere)
-        elif self.buffers == "average":
-            inner_buffers.average(self.optimizer, self.workers, elsewhere)
+        inner_buffers.treat(self.buffers, self.optimizer, self.workers, elsewhere)
 
-    def _move(self, scalars: Sequence[Scalars], block: Block, total: Tensor, weight: float) -> None:
-        """Let the rule move one block of the anchor, and the parameters with it."""
-        anchor, momentum = block.of(self.anchor), block.of(self.momentum)
-        here = total.to(anchor.device)  # total itself, unless slow state is offloaded
-        self.rule(anchor, block.rounded(anchor), here, momentum, share=1 / weight, **scalars[block.group])
-        total.copy_(anchor)
+    def _step(self, round: Round) -> OuterStep:
+        """The outer step that begins now."""
+        return OuterStep(self.rule, self.scalars(round), self.anchor, self.momentum)
 
     def moved(self) -> None:
         """Let the base take note."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
+from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_compressor, check_period
 from lightning_slowmo.algorithms.estimates import RunningEstimates
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
@@ -105,6 +106,26 @@ class QPRSGD(Algorithm):
             return CompressedAverager(layout, workers, *kind)
 
         return RunningLocalSGD(self.sync_every, optimizer, workers, make_averager)
+
+    def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
+        """A compressed mean, or compressed messages to the neighbours, every ``sync_every`` steps."""
+        if self.transport == "gossip":
+            sends = traffic.exchange(layout, workers, self.topology, self.mixing, self.compressor)
+        else:
+            sends = self.average_sync(layout, workers)
+        return [traffic.together(self.sync_every, traffic.header(workers), sends)]
+
+    def average_sync(self, layout: Layout, workers: int) -> traffic.Sync:
+        """The compressed mean; gossip has none, so an outer loop over it averages uncompressed."""
+        if self.transport == "gossip":
+            return super().average_sync(layout, workers)
+        return traffic.compressed_mean(layout, workers, self.compressor, self.transport, self.error_feedback)
+
+    def state_numel(self, layout: Layout, workers: int) -> float:
+        """Anchor and residuals of the worker and of its chunk; with gossip, two estimates of models."""
+        if self.transport == "gossip":
+            return 2 * layout.numel
+        return layout.numel * (1 + (1 + 1 / workers if self.error_feedback else 0))
 
 
 class RunningQuantizedGossip(RunningEstimates):

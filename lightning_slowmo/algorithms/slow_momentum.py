@@ -227,8 +227,8 @@ class RunningSlowMo(RunningOuterLoop):
             base: Running = local_steps(optimizer, workers, period, config.overlap, config.fragments, config.compressor)
         else:
             base = config.base.bind(optimizer, workers)
-        treatment = inner_buffers.resolve(config.inner_buffers, optimizer)
-        super().__init__(base, config.sync_every // config.fragments, treatment, optimizer, workers, config.average)
+        every = config.sync_every // config.fragments
+        super().__init__(base, every, config.inner_buffers, optimizer, workers, config.average)
         self.config = config
         self.momentum_rates = [learning_rates(optimizer) for _ in range(config.fragments)]
 

@@ -18,8 +18,9 @@ from torch.optim import SGD, Optimizer
 
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.all_reduce import RunningAllReduce
-from lightning_slowmo.algorithms.base import Algorithm, are_finite, check_period
+from lightning_slowmo.algorithms.base import Algorithm, check_period
 from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.finite import are_finite
 from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import SyncError, Workers

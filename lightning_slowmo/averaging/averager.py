@@ -35,7 +35,7 @@ class Averager(ABC):
     def __init__(self, layout: Layout, workers: Workers) -> None:
         self.layout = layout
         self.workers = workers
-        self.scratch = Scratch()
+        self.scratch = Scratch(layout.sizes.in_flight)
         self.fragment = 0
 
     @abstractmethod
@@ -60,8 +60,16 @@ class Averager(ABC):
         """Whether :meth:`average` makes all parameters equal on all workers, and at once."""
         return True
 
-    def after_step(self) -> None:
-        """Take note of an optimizer step."""
+    def after_step(self) -> bool:
+        """Take note of an optimizer step.
+
+        Returns:
+            Whether an average has been under way for long enough and is to be taken in now, see :meth:`land`.
+        """
+        return False
+
+    def land(self) -> None:
+        """Take in the average that is under way, if there is one."""
 
     def drain(self) -> None:
         """Wait for the messages that are still under way; all workers have sent theirs."""

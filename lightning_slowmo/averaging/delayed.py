@@ -144,12 +144,12 @@ class DelayedAverager(Averager):
         """Memory for what was sent, and for its mean, of one fragment at a time."""
         return Scratch(2 * max(len(self.layout.fragment(index)) for index in range(self.layout.fragments)))
 
-    def after_step(self) -> None:
-        """Take in the average that has been under way for long enough."""
-        if self.in_flight is not None:
-            self.in_flight.steps += 1
-            if self.in_flight.steps >= self.overlap:
-                self._land()
+    def after_step(self) -> bool:
+        """Count the steps during which an average is under way."""
+        if self.in_flight is None:
+            return False
+        self.in_flight.steps += 1
+        return self.in_flight.steps >= self.overlap
 
     def agrees(self, round: Round) -> bool:
         """Not while averages are under way or in parts, unless everything is averaged because of a sick worker."""
@@ -161,7 +161,7 @@ class DelayedAverager(Averager):
         Returns:
             The drift of this worker; with overlap, that of the last average that has arrived.
         """
-        self._land()
+        self.land()
         chosen, fragments, well = self.fragment, range(self.layout.fragments), all(round.healthy)
         averaged = [chosen] if well else list(fragments)  # what a worker has lost, it needs now
         if well and self.overlap:
@@ -192,7 +192,7 @@ class DelayedAverager(Averager):
         if self.in_flight is not None:
             self.in_flight.arrive()
 
-    def _land(self) -> None:
+    def land(self) -> None:
         """Take in what is under way."""
         if self.in_flight is not None:
             self.in_flight.arrive()
@@ -218,7 +218,7 @@ class DelayedAverager(Averager):
 
     def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, and take in what is under way."""
-        self._land()
+        self.land()
         super().adopt_layout(layout)
         self._room = self._make_room()
 

@@ -25,6 +25,7 @@ class Drift:
     def __init__(self, numel: int) -> None:
         self._stride = max(1, numel // DRIFT_SAMPLE)
         self._squares: list[Tensor] = []
+        self._sums: dict[torch.device, Tensor] = {}
 
     def sample(self, flat: Tensor) -> Tensor:
         """A copy of the coordinates to remember until the mean is known."""
@@ -35,6 +36,27 @@ class Drift:
         mean = self._pieces(total) / weight
         norms = torch.stack([torch.linalg.vector_norm(local.sub_(mean)), torch.linalg.vector_norm(mean)])
         self._squares.append(norms.double().square())
+
+    def pattern(self, numel: int) -> tuple[int, int]:
+        """Which coordinates of a bucket a kernel is to sample, the same ones as :meth:`sample`.
+
+        Args:
+            numel: of the bucket.
+
+        Returns:
+            Of every so many coordinates the first :data:`SAMPLE_PIECE`, and where to end.
+        """
+        if self._stride == 1:
+            return SAMPLE_PIECE, numel
+        row = SAMPLE_PIECE * self._stride
+        return row, numel // row * row or SAMPLE_PIECE
+
+    def squares(self, device: torch.device) -> Tensor:
+        """Where a kernel adds, in float64, the squares of sampled differences to the mean, and those of the mean."""
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(2, dtype=torch.float64, device=device)
+            self._squares.append(self._sums[device])
+        return self._sums[device]
 
     def _pieces(self, flat: Tensor) -> Tensor:
         if self._stride == 1:
@@ -47,5 +69,9 @@ class Drift:
         """The relative distance; 0 if there is nothing to compare."""
         if not self._squares:
             return 0.0
-        distance, norm = torch.stack([square.cpu() for square in self._squares]).sum(0).sqrt().tolist()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for square in self._squares:
+            by_device.setdefault(square.device, []).append(square)
+        totals = [torch.stack(squares).sum(0).cpu() for squares in by_device.values()]  # a GPU waits here, once
+        distance, norm = torch.stack(totals).sum(0).sqrt().tolist()
         return distance / norm if norm else distance

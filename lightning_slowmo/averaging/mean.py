@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lightning_slowmo.averaging.averager import OnSum
 from lightning_slowmo.averaging.drift import Drift
+from lightning_slowmo.averaging.kernels import table_of
+from lightning_slowmo.averaging.outer_step import OuterStep
 from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.pipeline import Transfer, pipeline
 from lightning_slowmo.communication.workers import Workers
@@ -37,8 +39,18 @@ def average(
         The drift: this worker's distance from the mean before, relative to the norm of the mean.
     """
     drift = Drift(sum(bucket.numel for bucket in buckets))
+    largest = max((bucket.numel for bucket in buckets), default=0)  # so that the first sync allots all there will be
 
     def transfer(bucket: Bucket) -> Transfer[None]:
+        table = table_of(bucket) if fuses(bucket, on_sum) else None
+        if table is not None:  # the parameters keep their values until the sum is there, and one pass does the rest
+            total = table.gather(scratch.allot(bucket, largest))
+            weight = yield from workers.sum(total, weights)
+            if isinstance(on_sum, OuterStep):
+                on_sum.scatter(table, bucket, total, weight, drift)
+            else:
+                table.scatter(total, weight, drift)
+            return
         flat = bucket.pack(scratch.take(bucket))
         local = drift.sample(flat)
         weight = yield from workers.sum(flat, weights)
@@ -48,6 +60,13 @@ def average(
 
     pipeline(map(transfer, buckets), depth=scratch.count)
     return drift.value()
+
+
+def fuses(bucket: Bucket, on_sum: OnSum | None) -> bool:
+    """Whether a kernel can do all that becomes of a bucket's sum, if there are kernels where it lies."""
+    if bucket.in_place:
+        return False
+    return on_sum is None or (isinstance(on_sum, OuterStep) and on_sum.is_on(bucket))
 
 
 def take_mean(bucket: Bucket, flat: Tensor, weight: float, on_sum: OnSum | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,9 +80,11 @@ class InProcessTransport:
         sent = message.clone()  # the sender may go on and change its own before the receivers look
         for receiver in receivers:
             self.room.post(self.rank, receiver, sent)
+        # Which message is this transfer's is settled now, as others may be waited for before it, or it never.
+        numbers = [self.room.expect(sender, self.rank) for sender in senders]
         yield
-        for sender, tensor in zip(senders, arriving, strict=True):
-            tensor.copy_(self.room.fetch(sender, self.rank, purpose))
+        for sender, number, tensor in zip(senders, numbers, arriving, strict=True):
+            tensor.copy_(self.room.fetch(sender, self.rank, number, purpose))
 
     def gather_header(self, everyone: Tensor, own: Tensor, purpose: str) -> None:
         """Collect a few numbers of every worker."""
@@ -126,7 +128,9 @@ class Room:
         self._changed = threading.Condition()
         self._contributions: dict[int, dict[int, Any]] = {}
         self._leaving: dict[int, int] = {}
-        self._mail: dict[tuple[int, int], deque[Tensor]] = {}
+        self._mail: dict[tuple[int, int, int], Tensor] = {}
+        self._posted: Counter[tuple[int, int]] = Counter()
+        self._expected: Counter[tuple[int, int]] = Counter()
         self._failures: dict[int, str] = {}
         self._rooms: dict[tuple[int, int], Room] = {}
 
@@ -159,15 +163,22 @@ class Room:
     def post(self, sender: int, receiver: int, message: Tensor) -> None:
         """Leave a message for a worker."""
         with self._changed:
-            self._mail.setdefault((sender, receiver), deque()).append(message)
+            self._mail[sender, receiver, self._posted[sender, receiver]] = message
+            self._posted[sender, receiver] += 1
             self._changed.notify_all()
 
-    def fetch(self, sender: int, receiver: int, purpose: str) -> Tensor:
-        """Wait for the next message from a worker."""
+    def expect(self, sender: int, receiver: int) -> int:
+        """The number of the next message between two workers that nobody expects yet."""
         with self._changed:
-            mail = self._mail.setdefault((sender, receiver), deque())
-            self._wait(receiver, lambda: bool(mail), lambda: [sender], purpose)
-            return mail.popleft()
+            number = self._expected[sender, receiver]
+            self._expected[sender, receiver] += 1
+            return number
+
+    def fetch(self, sender: int, receiver: int, number: int, purpose: str) -> Tensor:
+        """Wait for a message from a worker."""
+        with self._changed:
+            self._wait(receiver, lambda: (sender, receiver, number) in self._mail, lambda: [sender], purpose)
+            return self._mail.pop((sender, receiver, number))
 
     def fail(self, rank: int, reason: str) -> None:
         """Note that a worker comes to nothing any more."""

@@ -6,6 +6,7 @@ tensors, and a *control* group on gloo for headers, so that a decision never wai
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -17,11 +18,20 @@ from torch import Tensor
 
 from lightning_slowmo.communication.failures import Failures
 from lightning_slowmo.communication.pipeline import Transfer
+from lightning_slowmo.communication.staging import Stage, Staged
+from lightning_slowmo.communication.transport import Transport
 from lightning_slowmo.communication.workers import SyncError
 from lightning_slowmo.private import default_store
 
 LOOK_EVERY = timedelta(seconds=1)
 """How often a worker that waits for headers looks whether another one has failed."""
+
+
+FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
+"""Seconds between two looks whether NCCL is done: short at first, for short messages."""
+
+NCCL_GRACE = timedelta(minutes=5)
+"""How much longer than a worker NCCL's watchdog waits: it ends the process, and names nobody."""
 
 
 class TorchTransport:
@@ -57,13 +67,26 @@ class TorchTransport:
         """Operations that all processes have taken part in: tells one occasion to wait from the others."""
 
     @classmethod
-    def of_world(cls, timeout: timedelta, device: torch.device | str = "cpu") -> TorchTransport | None:
-        """All processes of ``torch.distributed``; None if this one is alone."""
+    def of_world(
+        cls, timeout: timedelta, device: torch.device | str = "cpu", backend: str | None = None
+    ) -> Transport | None:
+        """All processes of ``torch.distributed``; None if this one is alone.
+
+        Args:
+            timeout: how long to wait for the others.
+            device: of the tensors that travel.
+            backend: what they travel by, also as ``"cpu:gloo,cuda:nccl"``; None: torch's usual one for the device.
+
+        Raises:
+            ValueError: if ``backend`` says nothing about the device.
+        """
+        device = torch.device(device)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
-        backend = dist.Backend.default_device_backend_map[torch.device(device).type]
-        data, control = (_new_group(None, kind, timeout) for kind in (backend, "gloo"))
-        return cls(data, control, backend, timeout)
+        kind = backend_for(device, backend)
+        data, control = _new_group(None, kind, timeout), _new_group(None, "gloo", timeout)
+        transport = cls(data, control, kind, timeout)
+        return Staged(transport, Stage(device)) if kind == "gloo" and device.type != "cpu" else transport
 
     # Tensors ----------------------------------------------------------------------------------------------------------
 
@@ -202,9 +225,36 @@ class TorchTransport:
         """
         try:
             if work is not None:
+                if self.backend == "nccl":
+                    self._wait_for_device(work)
                 work.wait()
         except RuntimeError as error:
             raise self._absence(purpose, error, peers) from error
+
+    def _wait_for_device(self, work: dist.Work) -> None:
+        """Look on the host until NCCL has done its work.
+
+        NCCL's own ``wait`` only lets the GPU wait, for ever if a worker is gone, and whoever looks at a tensor then
+        hangs. Other messages and kernels go on meanwhile, and what depends on this one could not begin anyway.
+
+        Raises:
+            RuntimeError: if it failed, another worker has, or it took longer than the timeout.
+        """
+        start = looked = time.monotonic()
+        pause = FIRST_PAUSE
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - start > self.timeout.total_seconds():
+                raise RuntimeError(f"NCCL did not end within {self.timeout}.")
+            if now - looked > LOOK_EVERY.total_seconds():
+                looked = now
+                if self.failures.any():
+                    raise RuntimeError("Another worker has failed.")
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
+        reason = work.exception()
+        if reason is not None:
+            raise RuntimeError(f"NCCL failed. {reason}")
 
     def _absence(
         self, purpose: str, error: RuntimeError, peers: Sequence[int] | None = None, lost: bool = False
@@ -214,5 +264,35 @@ class TorchTransport:
         return self.failures.absence(purpose, str(self._operations), error, peers, lost)
 
 
+def backend_for(device: torch.device, backend: str | None) -> str:
+    """The backend that tensors of a device travel by.
+
+    Args:
+        device: of the tensors.
+        backend: as for ``init_process_group``; None: torch's usual one for the device.
+
+    Raises:
+        ValueError: if ``backend`` says nothing about the device.
+    """
+    if backend is None:
+        return dist.Backend.default_device_backend_map[device.type]
+    if ":" not in backend:
+        return backend.lower()
+    by_device = dict(part.strip().split(":", 1) for part in backend.lower().split(","))
+    if device.type not in by_device:
+        raise ValueError(f"process_group_backend={backend!r} says nothing about {device.type} tensors.")
+    return by_device[device.type]
+
+
 def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))
+    if backend != "nccl":
+        return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))
+    # At an error NCCL's watchdog would end the process before anybody is named; here, whoever waits sees the error.
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    users_own = os.environ.get(name)
+    os.environ[name] = "0" if users_own is None else users_own
+    try:
+        return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout + NCCL_GRACE))
+    finally:
+        if users_own is None:
+            del os.environ[name]

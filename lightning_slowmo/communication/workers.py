@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_slowmo.communication.pipeline import Transfer, complete
-from lightning_slowmo.parameters import DEFAULT_SIZES, BucketSizes
+from lightning_slowmo.parameters import DEFAULT_SIZES, GPU_SIZES, BucketSizes, sizes_for
 
 if TYPE_CHECKING:
     from lightning_slowmo.communication.transport import Transport
@@ -90,12 +90,20 @@ class Workers:
         self.traffic = Traffic()
 
     @classmethod
-    def from_world(cls, timeout: timedelta = DEFAULT_TIMEOUT, device: torch.device | str = "cpu") -> Workers:
+    def from_world(
+        cls,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+    ) -> Workers:
         """Every process of ``torch.distributed`` is a worker; makes process groups (all processes must call this).
 
         Args:
             timeout: how long to wait for the others.
-            device: where the parameters are; decides the backend that tensors travel by.
+            device: where the parameters are.
+            backend: what tensors travel by, as for ``init_process_group``, for example ``"nccl"`` or
+                ``"cpu:gloo,cuda:nccl"``; None: torch's usual one for the device. With gloo, tensors of a GPU travel
+                through host memory.
 
         Example::
 
@@ -104,7 +112,12 @@ class Workers:
         """
         from lightning_slowmo.communication.torch_transport import TorchTransport
 
-        return cls(TorchTransport.of_world(timeout, device), timeout)
+        workers = cls(TorchTransport.of_world(timeout, device, backend), timeout)
+        sizes = sizes_for(device)  # messages are the same on all workers, whatever devices they have
+        everywhere = all(row == [float(sizes is GPU_SIZES)] for row in workers.gather([float(sizes is GPU_SIZES)]))
+        workers.sizes = sizes if everywhere else DEFAULT_SIZES
+        workers.traffic = Traffic()
+        return workers
 
     @property
     def alone(self) -> bool:

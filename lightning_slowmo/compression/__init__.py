@@ -4,7 +4,6 @@ Tensors and numbers only; processes and networks are other modules' business.
 """
 
 from lightning_slowmo.compression.base import Compressor, compute_dtype
-from lightning_slowmo.compression.error_feedback import ErrorFeedback
 from lightning_slowmo.compression.hashing import seeded_generator
 from lightning_slowmo.compression.quantize import QSGD, Cast, Identity
 from lightning_slowmo.compression.segments import slice_segments
@@ -18,7 +17,6 @@ __all__ = [
     "Cast",
     "Compressor",
     "CountSketch",
-    "ErrorFeedback",
     "Identity",
     "RandomK",
     "Recovery",

@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_slowmo.compression.finite import FiniteCheck
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -75,9 +78,14 @@ class Compressor(ABC):
 
     @abstractmethod
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
-        """Fill ``fields``, which are views of the payload."""
+        """Fill ``fields``, which are views of the payload, and have ``check`` require that they are finite."""
 
     @abstractmethod
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
@@ -85,7 +93,7 @@ class Compressor(ABC):
 
     def payload_bytes(self, segments: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Size of the payload in bytes, exactly; values have no influence on it."""
-        return sum(kind.itemsize * count for kind, count in self.layout(segments, dtype))
+        return sum(kind.itemsize * count for kind, count in _layout(self, tuple(segments), dtype))
 
     def compress(
         self, flat: Tensor, segments: Sequence[int] | None = None, generator: torch.Generator | None = None
@@ -95,8 +103,8 @@ class Compressor(ABC):
         Args:
             flat: contiguous 1-D tensor of float32, float64, bfloat16 or float16.
             segments: lengths of the tensors in ``flat``. Default: all of it is one tensor.
-            generator: source of randomness, on the device of ``flat``; needed if :attr:`stochastic`. The global
-                generator is never used.
+            generator: source of randomness, on the device of ``flat`` or on the CPU; needed if :attr:`stochastic`. One
+                number is drawn from it for each compressor in a chain. The global generator is never used.
 
         Returns:
             1-D ``uint8`` tensor of ``payload_bytes(segments, flat.dtype)`` bytes.
@@ -104,13 +112,21 @@ class Compressor(ABC):
         Raises:
             ValueError: if an argument does not fit, or if ``flat`` is not finite.
         """
-        segments = _checked_segments(flat, segments)
+        check = FiniteCheck()
+        payload = self._compress(flat.detach(), _checked_segments(flat, segments), generator, check)
+        check.close()
+        return payload
+
+    def _compress(
+        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, check: FiniteCheck
+    ) -> Tensor:
+        """As :meth:`compress`, with a check that the caller closes."""
         if self.stochastic and generator is None:
             raise ValueError(f"{self} draws random numbers: pass a generator, such as seeded_generator(seed, rank)")
         payload = torch.empty(self.payload_bytes(segments, flat.dtype), dtype=torch.uint8, device=flat.device)
         if not flat.numel():
             return payload.zero_()
-        self._encode(flat.detach(), segments, generator, self._fields(payload, segments, flat.dtype))
+        self._encode(flat, segments, generator, self._fields(payload, segments, flat.dtype), check)
         return payload
 
     def decompress(
@@ -168,19 +184,17 @@ class Compressor(ABC):
 
     def _fields(self, payload: Tensor, segments: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         fields, begin = [], 0
-        for kind, count in self.layout(segments, dtype):
+        for kind, count in _layout(self, segments, dtype):
             end = begin + kind.itemsize * count
             fields.append(payload[begin:end].view(kind))
             begin = end
         return fields
 
 
-def require_finite(values: Tensor, compressor: Compressor, what: str = "input") -> None:
-    """Raise ValueError when ``values`` holds a NaN or an infinity; one pass that only reads."""
-    if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
-        raise ValueError(
-            f"{compressor}: {what} is not finite (NaN, infinity, or overflow); a payload cannot carry that"
-        )
+@lru_cache(maxsize=256)
+def _layout(compressor: Compressor, segments: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """A layout takes longer to compute, for hundreds of tensors, than a small vector on a GPU to compress."""
+    return compressor.layout(segments, dtype)
 
 
 def variance_contraction(variance: float) -> float | None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_slowmo.compression import kernels
 from lightning_slowmo.compression.packing import pack, packed_bytes, unpack
 
 
@@ -38,6 +39,13 @@ def encode_indices(indices: Tensor, length: int, out: Tensor) -> None:
     if count in (0, length):
         return
     low = _low_bits(length, count)
+    if kernels.available(indices):
+        from lightning_slowmo.compression.kernels import bits as gpu
+
+        split, size = _split(length, count, low)
+        pack(indices, low or 0, out[:split])
+        pack(gpu.mark(indices, size, low), 1, out[split:])
+        return
     if low is None:
         _encode_bitmap(indices, length, out)
         return
@@ -52,6 +60,11 @@ def decode_indices(packed: Tensor, length: int, count: int) -> Tensor:
     if count in (0, length):
         return torch.arange(count, device=packed.device)
     low = _low_bits(length, count)
+    if kernels.available(packed):
+        from lightning_slowmo.compression.kernels import bits as gpu
+
+        split, size = _split(length, count, low)
+        return gpu.list_indices(packed[split:], packed[:split], size, count, low)
     if low is None:
         return nonzero(unpack(packed, length, 1))
     split = packed_bytes(count, low)
@@ -70,6 +83,11 @@ def nonzero(mask: Tensor) -> Tensor:
 def _encode_bitmap(positions: Tensor, length: int, out: Tensor) -> None:
     mask = torch.zeros(length, dtype=torch.uint8, device=positions.device)
     pack(mask.index_fill_(0, positions, 1), 1, out)
+
+
+def _split(length: int, count: int, low: int | None) -> tuple[int, int]:
+    """Bytes of the packed low bits, and bits of the bitmap that follows."""
+    return (0, length) if low is None else (packed_bytes(count, low), _unary_length(length, count, low))
 
 
 def _unary_length(length: int, count: int, low: int) -> int:

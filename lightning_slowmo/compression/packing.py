@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_slowmo.compression import kernels
 from lightning_slowmo.compression.segments import block_length
 
 
@@ -26,6 +27,11 @@ def pack(codes: Tensor, bits: int, out: Tensor) -> None:
         bits: bits for each code, 0 to 63.
         out: ``uint8`` tensor of ``packed_bytes(len(codes), bits)`` bytes.
     """
+    if kernels.available(out):
+        from lightning_slowmo.compression.kernels import bits as gpu
+
+        gpu.pack(codes, list(_split(out, codes.numel(), bits)))
+        return
     out.zero_()
     for width, shift, plane in _split(out, codes.numel(), bits):
         clean = codes.dtype == torch.uint8 and width == bits
@@ -47,6 +53,11 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """
     dtype = torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64
     codes = torch.empty(count, dtype=dtype, device=packed.device)
+    if kernels.available(packed):
+        from lightning_slowmo.compression.kernels import bits as gpu
+
+        gpu.unpack(packed, codes, bits)
+        return codes
     if bits == 0:
         codes.zero_()
     for width, shift, plane in _split(packed, count, bits):

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype, require_finite, variance_contraction
-from lightning_slowmo.compression.hashing import random_bytes
+from lightning_slowmo.compression import kernels
+from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype, variance_contraction
+from lightning_slowmo.compression.finite import FiniteCheck
+from lightning_slowmo.compression.hashing import QuantizerNoise, draw_key
 from lightning_slowmo.compression.packing import pack, packed_bytes, unpack
 from lightning_slowmo.compression.segments import Panel, block_length, bucket_count, panels
 
@@ -32,9 +35,14 @@ class Identity(Compressor):
         return [(dtype, sum(segments))]
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
-        require_finite(flat, self)
+        check.require(flat, self)
         fields[0].copy_(flat)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
@@ -80,24 +88,40 @@ class Cast(Compressor):
         return [(torch.bfloat16 if self.to == "bf16" else torch.float16, sum(segments))]
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
         if self.to != "int8":
-            require_finite(fields[0].copy_(flat), self, f"input, as {self.to},")
+            check.require(fields[0].copy_(flat), self, f"input, as {self.to},")
             return
         scales, codes = fields
+        if kernels.available(flat):
+            from lightning_slowmo.compression.kernels.quantize import quantize
+
+            quantize(flat, segments, self.bucket, 127, scales, codes)
+            check.require(scales, self)
+            return
         block = _Blocks(flat, scales.dtype, segments, self.bucket)
         for panel, values in block:
             largest = block.largest(values, out=scales[panel.bucket : panel.bucket + panel.rows])
             values.mul_(_inverse(largest, 127)).round_().clamp_(-127, 127)
             codes[panel.start : panel.stop].view_as(values).copy_(values)
-        require_finite(scales, self)
+        check.require(scales, self)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
         if self.to != "int8":
             out.copy_(fields[0])
             return
         scales, codes = fields
+        if kernels.available(out):
+            from lightning_slowmo.compression.kernels.quantize import dequantize
+
+            dequantize(codes, scales, segments, self.bucket, 127, out)
+            return
         for panel in panels(segments, self.bucket, block_length(out.device)):
             values = out[panel.start : panel.stop].view(panel.rows, panel.width)
             values.copy_(codes[panel.start : panel.stop].view_as(values))
@@ -113,7 +137,8 @@ class QSGD(Compressor):
     ``|x|_2^2 / s^2 * sum f (1 - f)``, which is at most ``min(d / s^2, sqrt(d) / s) |x|_2^2``. A zero stays zero.
 
     Probabilities have 24 random bits: 8 for each element, and 16 that the bucket shares, so that each element by itself
-    is rounded with the right probability to 2**-24 of a level (plus the rounding of ``x`` itself).
+    is rounded with the right probability to 2**-24 of a level (plus the rounding of ``x`` itself). They are a function
+    of one number that is drawn from the generator, of the bucket, and of the place in it (:class:`QuantizerNoise`).
 
     Args:
         bits: bits for an element, sign included, 2 to 16: ``s = 2**(bits - 1) - 1`` levels. Default: 4.
@@ -192,15 +217,30 @@ class QSGD(Compressor):
         return self.bucket or min(max(1 << (self._levels**2 - 1).bit_length(), 64), 4096)
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
         if generator is None:  # compress has checked; this tells the type checker
             raise ValueError("a generator is needed")
         norms, packed = fields
         levels, device = self._levels, flat.device
+        key = draw_key(generator, device)
+        if kernels.available(flat):
+            from lightning_slowmo.compression.kernels.quantize import quantize
+
+            # A code has up to 16 bits, whose pattern counts and not their sign.
+            codes = torch.empty(flat.numel(), dtype=torch.uint8 if self._code_bits <= 8 else torch.int16, device=device)
+            quantize(flat, segments, self._bucket, levels, norms, codes, self.norm, key)
+            check.require(norms, self)
+            pack(codes, self._code_bits, packed)
+            return
         codes = torch.empty(flat.numel(), dtype=torch.int8 if self._code_bits <= 8 else torch.int32, device=device)
-        coarse = random_bytes(2 * norms.numel(), generator, device).view(torch.int16)
         block = _Blocks(flat, norms.dtype, segments, self._bucket)
+        random = QuantizerNoise(key, self._bucket, norms.numel(), max(panel.rows for panel in block.panels))
         for panel, values in block:
             buckets, elements = slice(panel.bucket, panel.bucket + panel.rows), slice(panel.start, panel.stop)
             if self.norm == "l2":
@@ -209,24 +249,34 @@ class QSGD(Compressor):
                 block.largest(values, out=norms[buckets])
             # floor(y + u) with u uniform in [0, 1) rounds y up with probability y - floor(y), whatever its sign. Here
             # u = fine / 2^8 + shared / 2^24, whose largest value is still below 1 in float32.
-            shared = coarse[buckets, None].to(values.dtype).add_(2**15).mul_(2.0**-24)
-            fine = random_bytes(values.numel(), generator, device)
-            noise = block.second[: values.numel()].copy_(fine).view_as(values)
+            shared = (random.coarse[buckets, None].to(torch.int32) & 0xFFFF).to(values.dtype).mul_(2.0**-24)
+            noise = block.second[: values.numel()].view_as(values)
+            noise.copy_(random.fine(panel.bucket, panel.rows, panel.width))
             values.mul_(_inverse(norms[buckets], levels)).add_(shared).add_(noise, alpha=2.0**-8)
             codes[elements].view_as(values).copy_(values.floor_().clamp_(-levels, levels))
-        require_finite(norms, self)
+        check.require(norms, self)
         codes.add_(levels)
         pack(codes.view(torch.uint8) if codes.dtype == torch.int8 else codes, self._code_bits, packed)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
         norms, packed = fields
+        if kernels.available(out):
+            from lightning_slowmo.compression.kernels.quantize import dequantize
+
+            steps = _contracted_steps(self, segments, out.dtype, out.device) if self.contractive else None
+            dequantize(packed, norms, segments, self._bucket, self._levels, out, self._code_bits, steps)
+            return
         codes = unpack(packed, out.numel(), self._code_bits)
         codes = (codes.view(torch.int8) if codes.dtype == torch.uint8 else codes).sub_(self._levels)
         for panel in panels(segments, self._bucket, block_length(out.device)):
             values = out[panel.start : panel.stop].view(panel.rows, panel.width)
             values.copy_(codes[panel.start : panel.stop].view_as(values))
-            step = self._levels * (1 + self.variance(panel.width)) if self.contractive else self._levels
+            step = self._step(panel.width)
             values.mul_(norms[panel.bucket : panel.bucket + panel.rows, None] / step)
+
+    def _step(self, width: int) -> float:
+        """What the norm of a bucket of ``width`` elements is divided by to get the distance of its levels."""
+        return self._levels * (1 + self.variance(width)) if self.contractive else self._levels
 
 
 class _Blocks:
@@ -251,4 +301,12 @@ class _Blocks:
 
 def _inverse(scale: Tensor, steps: int) -> Tensor:
     """``steps / scale`` as a column, and 0 where the scale is 0 or so small that the quotient would overflow."""
-    return torch.where(scale > torch.finfo(scale.dtype).tiny * 2**16, steps / scale, 0)[:, None]
+    return torch.where(scale > torch.finfo(scale.dtype).tiny * 2**16, scale.reciprocal() * steps, 0)[:, None]
+
+
+@lru_cache(maxsize=64)
+def _contracted_steps(qsgd: QSGD, segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The step of each bucket, which depends on its length."""
+    cuts = panels(segments, qsgd._bucket, block_length(device))
+    steps = torch.tensor([qsgd._step(panel.width) for panel in cuts], dtype=torch.float64)
+    return steps.repeat_interleave(torch.tensor([panel.rows for panel in cuts])).to(device, dtype)

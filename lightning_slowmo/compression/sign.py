@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype, require_finite
+from lightning_slowmo.compression import kernels
+from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype
+from lightning_slowmo.compression.finite import FiniteCheck
 from lightning_slowmo.compression.packing import pack, packed_bytes, unpack
 from lightning_slowmo.compression.segments import block_length, pieces
 
@@ -55,9 +57,24 @@ class Sign(Compressor):
         return [(compute_dtype(dtype), len(segments)), (torch.uint8, packed_bytes(sum(segments), 1))]
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
         scales, packed = fields
+        if kernels.available(flat):
+            from lightning_slowmo.compression.kernels.quantize import signs as make_signs
+            from lightning_slowmo.compression.kernels.tables import lengths
+
+            ones = make_signs(flat, segments, scales, l2=self.scale == "l2")
+            sizes = lengths(segments, scales.dtype, scales.device)
+            scales /= sizes if self.scale == "l1" else sizes.sqrt()
+            check.require(scales, self)
+            pack(ones, 1, packed)
+            return
         signs = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
         cuts = pieces(segments, block_length(flat.device))
         norms = scales.new_empty(len(cuts))
@@ -77,13 +94,18 @@ class Sign(Compressor):
             end = begin + len(list(group))
             torch.linalg.vector_norm(norms[begin:end], order, out=scales[segment])
             begin = end
-        lengths = torch.tensor(segments, dtype=scales.dtype, device=scales.device).clamp_(min=1)
-        scales /= lengths if self.scale == "l1" else lengths.sqrt()
-        require_finite(scales, self)
+        dimensions = torch.tensor(segments, dtype=scales.dtype, device=scales.device).clamp_(min=1)
+        scales /= dimensions if self.scale == "l1" else dimensions.sqrt()
+        check.require(scales, self)
         pack(signs.view(torch.uint8), 1, packed)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
         scales, packed = fields
+        if kernels.available(out):
+            from lightning_slowmo.compression.kernels.quantize import decode_signs
+
+            decode_signs(packed, scales, segments, out)
+            return
         signs = unpack(packed, out.numel(), 1).view(torch.int8).mul_(2).sub_(1)
         for segment, start, stop in pieces(segments, block_length(out.device)):
             out[start:stop].copy_(signs[start:stop]).mul_(scales[segment])

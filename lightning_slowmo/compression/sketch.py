@@ -7,7 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype, require_finite
+from lightning_slowmo.compression import kernels
+from lightning_slowmo.compression.base import Compressor, Layout, compute_dtype
+from lightning_slowmo.compression.finite import FiniteCheck
 from lightning_slowmo.compression.hashing import mix
 from lightning_slowmo.compression.segments import block_length
 from lightning_slowmo.compression.sparsify import top_indices
@@ -71,6 +73,15 @@ class CountSketch(Compressor):
             Table of shape (rows, columns), float64 for a float64 vector, else float32.
         """
         table = torch.empty(self.rows, self.columns, dtype=compute_dtype(flat.dtype), device=flat.device)
+        return self._sketch(flat, table)
+
+    def _sketch(self, flat: Tensor, table: Tensor) -> Tensor:
+        """Fill ``table``."""
+        if kernels.available(flat):
+            from lightning_slowmo.compression.kernels.sketch import sketch
+
+            sketch(flat.detach(), _moves_table(self, flat.numel(), flat.device), table)
+            return table
         for row, moves in zip(table, _moves(self, flat.numel()), strict=True):
             wrapped = table.new_zeros(2 * self.columns)
             for block, (offset, sign) in zip(flat.detach().split(self.columns), moves, strict=False):
@@ -88,9 +99,19 @@ class CountSketch(Compressor):
         Returns:
             1-D tensor of ``length`` elements, of the table's type.
         """
+        return self._estimate(table, table.new_empty(length))
+
+    def _estimate(self, table: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out``."""
+        length = out.numel()
+        if kernels.available(table):
+            from lightning_slowmo.compression.kernels.sketch import estimate
+
+            if length:
+                estimate(table.contiguous(), _moves_table(self, length, table.device), out)
+            return out
         wrapped = torch.cat([table, table], dim=1)
         moves = _moves(self, length)
-        out = table.new_empty(length)
         block = block_length(table.device) // 4  # several rows have to share the cache
         cells = list(table.new_empty(self.rows + 1, min(block, self.columns, length)))
         for begin in range(0, length, self.columns):
@@ -101,7 +122,8 @@ class CountSketch(Compressor):
                     offset, sign = move[begin // self.columns]
                     first = offset + start - begin
                     torch.mul(row[first : first + size], sign, out=cell[:size])
-                out[start : start + size].copy_(_median([cell[:size] for cell in cells]))
+                median = _median([cell[:size] for cell in cells])
+                torch.add(median, 0.0, out=out[start : start + size])  # makes -0 a 0: which one wins is left open
         return out
 
     def heavy_hitters(self, table: Tensor, length: int, k: int) -> tuple[Tensor, Tensor]:
@@ -125,13 +147,18 @@ class CountSketch(Compressor):
         return indices, values.index_select(0, indices)
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
-        fields[0].view(self.rows, self.columns).copy_(self.sketch(flat))
-        require_finite(fields[0], self)
+        self._sketch(flat, fields[0].view(self.rows, self.columns))
+        check.require(fields[0], self)
 
     def _decode(self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype, out: Tensor) -> None:
-        out.copy_(self.estimate(fields[0].view(self.rows, self.columns), out.numel()))
+        self._estimate(fields[0].view(self.rows, self.columns), out)
 
 
 @lru_cache(maxsize=8)
@@ -144,6 +171,12 @@ def _moves(sketch: CountSketch, length: int) -> list[list[tuple[int, int]]]:
         return (number >> 1) % sketch.columns, 1 if number & 1 else -1
 
     return [[move(row, block) for block in range(blocks)] for row in range(sketch.rows)]
+
+
+@lru_cache(maxsize=8)
+def _moves_table(sketch: CountSketch, length: int, device: torch.device) -> Tensor:
+    """:func:`_moves` on a device, as int64 of shape (rows, blocks, 2)."""
+    return torch.tensor(_moves(sketch, length), dtype=torch.int64, device=device).view(sketch.rows, -1, 2)
 
 
 def _median(rows: list[Tensor]) -> Tensor:

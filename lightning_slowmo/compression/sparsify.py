@@ -3,21 +3,23 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil, sqrt
 
 import torch
 from torch import Tensor
 
+from lightning_slowmo.compression import kernels
 from lightning_slowmo.compression.base import (
     Compressor,
     Decoded,
     Layout,
     compute_dtype,
-    require_finite,
     variance_contraction,
 )
-from lightning_slowmo.compression.hashing import hashed
+from lightning_slowmo.compression.finite import FiniteCheck
+from lightning_slowmo.compression.hashing import draw_key, hashed
 from lightning_slowmo.compression.indices import decode_indices, encode_indices, index_bytes, nonzero
 from lightning_slowmo.compression.quantize import Identity
 from lightning_slowmo.compression.segments import block_length
@@ -87,7 +89,7 @@ class _Sparsifier(Compressor):
         """Values and places, from the fields of a payload that is not empty."""
 
     def _counts(self, segments: Sequence[int]) -> tuple[int, ...]:
-        return tuple(map(self.kept, segments))
+        return _kept_counts(self, tuple(segments))
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,25 @@ class TopK(_Sparsifier):
     """
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
-        require_finite(flat, self)
+        check.require(flat, self)
         counts = self._counts(segments)
-        begins = accumulate(segments, initial=0)
-        parts = zip(flat.split(segments), counts, begins, strict=False)
-        indices = torch.cat([top_indices(part, count).add_(begin) for part, count, begin in parts])
+        if kernels.available(flat):
+            from lightning_slowmo.compression.kernels import select
+
+            indices = select.top_indices(flat, segments, counts)
+        else:
+            begins = accumulate(segments, initial=0)
+            parts = zip(flat.split(segments), counts, begins, strict=False)
+            indices = torch.cat([top_indices(part, count).add_(begin) for part, count, begin in parts])
         payload, places = fields
-        payload.copy_(self.values.compress(flat.index_select(0, indices), counts, generator))
+        payload.copy_(self.values._compress(flat.index_select(0, indices), counts, generator, check))
         encode_indices(indices, flat.numel(), places)
 
     def _kept_elements(
@@ -202,13 +214,20 @@ class RandomK(_Sparsifier):
         return [(torch.int64, 1), (torch.uint8, self.values.payload_bytes(self._counts(segments), dtype))]
 
     def _encode(
-        self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, fields: list[Tensor]
+        self,
+        flat: Tensor,
+        segments: tuple[int, ...],
+        generator: torch.Generator | None,
+        fields: list[Tensor],
+        check: FiniteCheck,
     ) -> None:
-        require_finite(flat, self)
+        check.require(flat, self)
+        if generator is None:  # compress has checked; this tells the type checker
+            raise ValueError("a generator is needed")
         seed, payload = fields
-        seed.random_(generator=generator)
+        seed.copy_(draw_key(generator, flat.device))
         values = flat.index_select(0, self._indices(seed, segments))
-        payload.copy_(self.values.compress(values, self._counts(segments), generator))
+        payload.copy_(self.values._compress(values, self._counts(segments), generator, check))
 
     def _kept_elements(
         self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
@@ -217,12 +236,15 @@ class RandomK(_Sparsifier):
         counts = self._counts(segments)
         values = self.values.decompress(payload, counts, dtype).to(compute_dtype(dtype))
         if self.rescale:
-            gains = [length / count if count else 1.0 for length, count in zip(segments, counts, strict=True)]
-            values *= torch.tensor(gains, dtype=values.dtype).repeat_interleave(torch.tensor(counts)).to(values.device)
+            values *= _gains(segments, counts, values.dtype, values.device)
         return values, self._indices(seed, segments)
 
     def _indices(self, seed: Tensor, segments: tuple[int, ...]) -> Tensor:
         """Places of the kept elements, a function of the seed alone."""
+        if kernels.available(seed):
+            from lightning_slowmo.compression.kernels.places import random_places
+
+            return random_places(seed, segments, self._counts(segments))
         counts = torch.tensor(self._counts(segments))
         lengths = torch.tensor(segments)
         begins, firsts = lengths.cumsum(0) - lengths, counts.cumsum(0) - counts
@@ -234,6 +256,18 @@ class RandomK(_Sparsifier):
         place = low + hashed(seed, position) % (high - low)
         rotation = hashed(seed, -1 - segment) % length
         return begin + (place + rotation) % length
+
+
+@lru_cache(maxsize=256)
+def _kept_counts(sparsifier: _Sparsifier, segments: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(sparsifier.kept, segments))
+
+
+@lru_cache(maxsize=16)
+def _gains(segments: tuple[int, ...], counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each kept element, the length of its tensor over the number that is kept of it."""
+    gains = [length / count if count else 1.0 for length, count in zip(segments, counts, strict=True)]
+    return torch.tensor(gains, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 def top_indices(values: Tensor, k: int) -> Tensor:
@@ -251,6 +285,10 @@ def top_indices(values: Tensor, k: int) -> Tensor:
     length = values.numel()
     if k in (0, length):
         return torch.arange(k, device=values.device)
+    if kernels.available(values):
+        from lightning_slowmo.compression.kernels import select
+
+        return select.top_indices(values, (length,), (k,))
     candidates = _candidates(values, k) if length >= _SAMPLE and 4 * k <= length else None
     magnitudes = (values if candidates is None else values.index_select(0, candidates)).abs()
     smallest = torch.topk(magnitudes, k, sorted=False).values.amin()

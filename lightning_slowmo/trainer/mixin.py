@@ -59,7 +59,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         cluster_environment: set by the Trainer, or a plugin of the user's.
         checkpoint_io: set by the Trainer, or a plugin of the user's.
         precision_plugin: set by the Trainer, or a plugin of the user's.
-        process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs.
+        process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs. With gloo, what
+            GPUs hold travels through host memory.
         timeout: limit for the operations of torch.distributed.
         start_method: how processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
@@ -166,7 +167,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
     def setup_distributed(self) -> None:
         """Join the process group, then make this strategy's own groups beside it."""
         super().setup_distributed()
-        self.core.make_groups(self.node_rank, self.local_rank, self.root_device)
+        self.core.make_groups(self.node_rank, self.local_rank, self.root_device, self.process_group_backend)
 
     def configure_ddp(self) -> None:
         """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_slowmo.trainer.base import StrategyPart
 
@@ -66,10 +67,12 @@ class OptimizersMixin(StrategyPart):
 
 
 def refuse_steps(optimizers: Sequence[Optimizer], allowed: Callable[[], bool]) -> Callable[[], None]:
-    """Raise where an optimizer is stepped without the strategy: that step would not be counted, nor synced.
+    """Raise where trained parameters are stepped without the strategy: that step would not be counted, nor synced.
+
+    The step may be that of an optimizer which another one holds, as SAM does in ``first_step`` and ``second_step``.
 
     Args:
-        optimizers: to watch.
+        optimizers: whose parameters to watch.
         allowed: whether a step is legitimate at present.
 
     Returns:
@@ -77,17 +80,15 @@ def refuse_steps(optimizers: Sequence[Optimizer], allowed: Callable[[], bool]) -
     """
 
     def check(optimizer: Optimizer, *_: Any) -> None:
-        if not allowed():
+        if allowed():
+            return
+        trained = {id(p) for own in optimizers for group in own.param_groups for p in group["params"]}
+        if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__} was stepped without the strategy, so its parameters would never be "
                 "synced. In manual optimization call step() on what self.optimizers() returns, not with "
-                "use_pl_optimizer=False."
+                "use_pl_optimizer=False. An optimizer with steps of its own around one that it holds (SAM's first_step "
+                "and second_step) needs step(closure)."
             )
 
-    handles = [optimizer.register_step_pre_hook(check) for optimizer in optimizers]
-
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return end
+    return register_optimizer_step_pre_hook(check).remove

@@ -30,7 +30,7 @@ def warn_of_callbacks(trainer: Any, package: ModuleType) -> None:
                 "ModelCheckpoint(train_time_interval=...) broadcasts the clock after every batch, so local steps wait "
                 "for rank 0. Use every_n_train_steps, a multiple of sync_every."
             )
-        averages = isinstance(callback, getattr(kinds, "WeightAveraging", ()))  # since Lightning 2.6
+        averages = isinstance(callback, kinds.WeightAveraging)
         if averages and not isinstance(callback, AtSyncMixin):
             rank_zero_warn(
                 f"{type(callback).__name__} averages each worker's local weights, which differ between syncs. Use "

@@ -99,26 +99,6 @@ def test_slowmos_default_base_has_its_own_period():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "expected"),
-    [
-        (partial(torch.optim.SGD, lr=0.1), "reset"),
-        (partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True), "reset"),
-        (torch.optim.RMSprop, "reset"),
-        (torch.optim.Adam, "maintain"),
-        (torch.optim.AdamW, "maintain"),
-        (torch.optim.NAdam, "maintain"),
-        (torch.optim.Adagrad, "maintain"),
-        (torch.optim.Adadelta, "maintain"),
-        (torch.optim.Adafactor, "maintain"),
-    ],
-)
-def test_auto_resets_momentum_and_maintains_what_adapts_step_sizes(optimizer, expected):
-    made = optimizer([torch.nn.Parameter(torch.ones(2, 2))])
-    assert inner_buffers.resolve("auto", made) == expected
-    assert inner_buffers.resolve("average", made) == "average"
-
-
-@pytest.mark.parametrize(
     "optimizer",
     [
         partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),

@@ -1,6 +1,5 @@
 """APMSqueeze against Adam, a numpy listing with a frozen second moment, and its own accounts."""
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -13,8 +12,8 @@ from lightning_slowmo.communication.compressed import mean_bytes
 from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Identity, Sign, TopK
-from tests.algorithms.training import CHANGING, STEPS, Training, same, small_buckets, train
-from tests.on_workers import on_workers
+from tests.algorithms.training import CHANGING, STEPS, Training, goes_on_bit_exactly, same, small_buckets, train
+from tests.on_workers import on_threads
 
 B1, B2, EPS, DECAY = 0.9, 0.98, 1e-8, 0.1
 OPTIMIZERS = {
@@ -48,20 +47,20 @@ def listing(workers, warmup, kind):
     return np.stack(rows)
 
 
-@on_workers(1, 2, 3, 4, each=list(OPTIMIZERS))
+@on_threads(1, 2, 3, 4, each=list(OPTIMIZERS))
 def test_without_loss_it_is_adam_whose_second_moment_stops(workers, case):
     with small_buckets(workers):
         ours = train(workers, APMSqueeze(9, Identity()), CHANGING, OPTIMIZERS[case])
     same(ours, listing(workers.size, 9, case))
 
 
-@on_workers(2)
+@on_threads(2)
 def test_a_warm_up_without_end_is_adam(workers):
     ours = train(workers, APMSqueeze(10**6), CHANGING, OPTIMIZERS["adam"])
     same(ours, train(workers, AllReduce(), CHANGING, OPTIMIZERS["adam"]))
 
 
-@on_workers(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
+@on_threads(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
 def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
     with small_buckets(workers):
         training = Training(workers, APMSqueeze(6, case), CHANGING, OPTIMIZERS["adam"])
@@ -83,7 +82,7 @@ def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
         assert np.abs(missing).max() > 1e-4
 
 
-@on_workers(1, 2, 3, 4)
+@on_threads(1, 2, 3, 4)
 def test_small_tensors_are_averaged_exactly(workers):
     """Those of fewer than 7 elements do as if nothing was compressed, bit for bit among workers; larger ones do not."""
     with small_buckets(workers):
@@ -105,7 +104,7 @@ def test_small_tensors_are_averaged_exactly(workers):
     assert unit.syncs == STEPS - 6
 
 
-@on_workers(1, 3)
+@on_threads(1, 3)
 def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
     for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7)):
         with small_buckets(workers):
@@ -113,7 +112,7 @@ def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
         same(ours, listing(workers.size, 9, "adamw"))
 
 
-@on_workers(2, 4)
+@on_threads(2, 4)
 def test_the_bytes_of_a_step_are_those_predicted(workers):
     """Two shots of each worker's signs for the large tensors, and a ring all-reduce of the small ones."""
     problem = replace(CHANGING, groups=(((30, 20), (20,)), ((11,), (101,))), rates=CHANGING.rates[:5])
@@ -136,7 +135,7 @@ def test_the_bytes_of_a_step_are_those_predicted(workers):
         assert sent == header + shots + exact, below
 
 
-@on_workers(2, 4)
+@on_threads(2, 4)
 def test_after_the_warm_up_it_sends_96_percent_less(workers):
     big = replace(CHANGING, groups=(((300, 200), (200,)), ((100, 100),)), rates=CHANGING.rates[:6])
     sent = []
@@ -151,7 +150,7 @@ def test_after_the_warm_up_it_sends_96_percent_less(workers):
     assert 0 < sent[1] <= 0.04 * sent[0], sent
 
 
-@on_workers(2)
+@on_threads(2)
 def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(workers):
     training = Training(workers, APMSqueeze(4), CHANGING, OPTIMIZERS["adam"])
     (unit,) = training.engine.units
@@ -174,24 +173,16 @@ def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(wo
     assert float(unit.steps[0]) == 11
 
 
-@on_workers(2, 3)
+@on_threads(2, 3)
 def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(workers):
     for cut, below in ((3, 0), (10, 0), (3, 7), (10, 7)):
         algorithm = APMSqueeze(6, uncompressed_below=below)
         with small_buckets(workers):
-            whole = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
-            for _ in range(cut):
-                whole.step()
-            shared, local = whole.engine.shared_state(), whole.engine.local_state()
-            resumed = Training(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
-            resumed.steps = cut
-            resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
-            resumed.engine.load_shared_state(shared)
-            resumed.engine.load_local_state(local)
-            assert np.array_equal(resumed.trajectory(), whole.trajectory())
+            make = partial(Training, workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
+            goes_on_bit_exactly(make, at=cut)
 
 
-@on_workers(2)
+@on_threads(2)
 def test_the_automatic_warm_up_ends_when_the_second_moment_is_stable(workers):
     problem = replace(CHANGING, rates=((1e-4, 1e-4),) * 200)
     optimizer = partial(torch.optim.Adam, betas=(B1, 0.95))

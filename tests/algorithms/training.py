@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,10 +106,15 @@ class Training:
         problem: Problem,
         optimizer: Callable[..., Optimizer] = PLAIN,
         dtype: torch.dtype = torch.float64,
+        start: Array | None = None,
     ) -> None:
         self.workers = workers
         self.problem = problem
-        self.parameters = [Parameter(torch.tensor(value, dtype=dtype)) for value in problem.initial()]
+        initial = problem.initial()
+        if start is not None:
+            pieces = np.split(start, np.cumsum([value.size for value in initial])[:-1])
+            initial = [piece.reshape(value.shape) for piece, value in zip(pieces, initial, strict=True)]
+        self.parameters = [Parameter(torch.tensor(value, dtype=dtype)) for value in initial]
         left = iter(self.parameters)
         self.optimizer = optimizer([{"params": [next(left) for _ in group]} for group in problem.groups])
         self.engine = Engine(algorithm, [self.optimizer], workers)
@@ -150,6 +156,34 @@ def train(
 ) -> Array:
     """This worker's parameters after each step."""
     return Training(workers, algorithm, problem, optimizer, dtype).trajectory()
+
+
+def goes_on_bit_exactly(
+    make: Callable[[], Training], at: int, whole: Training | None = None, expected: Array | None = None
+) -> None:
+    """Fail unless a run from state that was saved after some steps is the run itself, to the last bit.
+
+    Args:
+        make: makes a run at its start.
+        at: steps before the state is saved.
+        whole: a run that has taken some of them already; a new one if None.
+        expected: the trajectory of a run of which no state was saved; if None, that of ``whole``.
+    """
+    whole = whole if whole is not None else make()
+    while whole.steps < at:
+        whole.step()
+    file = io.BytesIO()  # through a file, and without unpickling anything but tensors and plain values
+    torch.save([whole.engine.shared_state(), whole.engine.local_state(), whole.optimizer.state_dict()], file)
+    file.seek(0)
+    shared, local, inner = torch.load(file, weights_only=True)
+    resumed = make()
+    resumed.optimizer.load_state_dict(inner)
+    resumed.engine.load_shared_state(shared)
+    resumed.engine.load_local_state(local)
+    resumed.steps = at
+    np.testing.assert_array_equal(resumed.values(), whole.values())
+    rows = expected[at:] if expected is not None else whole.trajectory()
+    np.testing.assert_array_equal(resumed.trajectory(), rows)
 
 
 def same(a: Array, b: Array, tolerance: float = 1e-10) -> None:

@@ -13,7 +13,6 @@ from lightning_slowmo.compression import (
     Cast,
     Compressor,
     CountSketch,
-    ErrorFeedback,
     Identity,
     RandomK,
     Sign,
@@ -279,65 +278,3 @@ def test_slices_of_segments_cover_the_vector(parts):
     slices = [slice_segments(segments, start, stop) for start, stop in pairwise(borders)]
     assert [sum(lengths) for lengths in slices] == [b - a for a, b in pairwise(borders)]
     assert all(length > 0 for lengths in slices for length in lengths)
-
-
-@every_compressor
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_error_feedback_telescopes(compressor, dtype):
-    segments = (5, 0, 120, 1)
-    feedback = ErrorFeedback(compressor, segments, dtype)
-    generator = seeded_generator(0)
-    told = said = torch.zeros_like(feedback.residual)
-    for step in range(5):
-        flat = vector(segments, dtype, seed=step)
-        owed = feedback.residual.clone()
-        payload, decoded = feedback.compress(flat, generator)
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-4
-        torch.testing.assert_close(flat + owed, decoded + feedback.residual, rtol=tolerance, atol=tolerance)
-        assert torch.equal(compressor.decompress(payload, segments, feedback.residual.dtype), decoded)
-        told, said = told + flat, said + decoded
-    torch.testing.assert_close(told, said + feedback.residual, rtol=10 * tolerance, atol=10 * tolerance)
-
-
-class TestErrorFeedback:
-    def test_residual_keeps_the_precision_of_its_vectors(self):
-        kinds = {dtype: ErrorFeedback(Sign(), (3,), dtype).residual.dtype for dtype in DTYPES}
-        assert kinds == {
-            torch.float32: torch.float32,
-            torch.float64: torch.float64,
-            torch.bfloat16: torch.float32,
-            torch.float16: torch.float32,
-        }
-
-    def test_residual_is_what_receivers_miss_even_at_zero(self):
-        """The sign of 0 is sent as +1, and the residual must know it."""
-        feedback = ErrorFeedback(Sign("l2"), (4,))
-        _, decoded = feedback.compress(torch.tensor([0.0, -0.0, 2.0, 0.0]))
-        assert decoded.tolist() == [1, 1, 1, 1]
-        assert feedback.residual.tolist() == [-1, -1, 1, -1]
-
-    def test_state_survives_a_file(self, tmp_path):
-        feedback = ErrorFeedback(TopK(k=1), (3, 2))
-        feedback.compress(vector((5,)))
-        torch.save(feedback.state_dict(), tmp_path / "state.pt")
-        other = ErrorFeedback(TopK(k=1), (3, 2))
-        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert torch.equal(other.residual, feedback.residual)
-        assert other.total() == feedback.total() != 0
-        assert torch.equal(other.compress(vector((5,)))[0], feedback.compress(vector((5,)))[0])
-
-    def test_state_of_another_vector_is_refused(self):
-        state = ErrorFeedback(Sign(), (3, 2)).state_dict()
-        with pytest.raises(ValueError, match="2 segments of 5 elements"):
-            ErrorFeedback(Sign(), (5,)).load_state_dict(state)
-        with pytest.raises(ValueError, match="float64"):
-            ErrorFeedback(Sign(), (3, 2), torch.float64).load_state_dict(state)
-
-    def test_a_refused_vector_leaves_the_residual(self):
-        feedback = ErrorFeedback(Sign(), (3,))
-        feedback.compress(torch.tensor([1.0, 2.0, 4.0]))
-        before = feedback.residual.clone()
-        for wrong in (torch.tensor([1.0, float("nan"), 0.0]), torch.ones(4), torch.ones(3, dtype=torch.float64)):
-            with pytest.raises(ValueError, match=r"finite|shape|cannot hold"):
-                feedback.compress(wrong)
-        assert torch.equal(feedback.residual, before)

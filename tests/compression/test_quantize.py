@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_slowmo.compression import QSGD, Cast, Sign, seeded_generator
+from lightning_slowmo.compression.hashing import QuantizerNoise, draw_key, mix
 
 
 def draws(compressor, x, copies):
@@ -68,6 +69,29 @@ def test_qsgd_noise_is_independent_between_seeds():
     one, other = (qsgd.decompress(qsgd.compress(x, None, seeded_generator(0, rank)), (1024,)) - x for rank in (0, 1))
     correlation = torch.corrcoef(torch.stack([one, other]))[0, 1]
     assert correlation.abs() < 4.5 / 32
+
+
+@pytest.mark.parametrize("bucket", [3, 64, 4096])
+def test_noise_is_a_function_of_key_bucket_and_place(bucket):
+    """However it is asked for: in panels of any height, in order or not."""
+    key, words, buckets = draw_key(seeded_generator(5), torch.device("cpu")), -(-bucket // 8), 600
+    noise = QuantizerNoise(key, bucket, buckets, longest=100)
+    start, golden = int(key), 0x9E3779B97F4A7C15
+    for first, rows, width in [(0, 100, bucket), (100, 1, 2), (101, 50, bucket), (590, 10, bucket), (7, 1, 1)]:
+        bits = noise.fine(first, rows, width)
+        assert bits.shape == (rows, width)
+        for row, place in [(0, 0), (rows - 1, width - 1), (rows // 2, width // 2)]:
+            word = mix(start + ((first + row) * words + place // 8 - 1) * golden)  # mix adds a golden ratio first
+            assert bits[row, place] == word >> 8 * (place % 8) & 0xFF
+    coarse = [mix(start + (-2 - number // 4) * golden) >> 16 * (number % 4) & 0xFFFF for number in range(buckets)]
+    assert (noise.coarse.int() & 0xFFFF).tolist() == coarse
+
+
+def test_a_generator_is_asked_for_one_number():
+    one, other = seeded_generator(5), seeded_generator(5)
+    QSGD(bits=4).compress(torch.randn(5000, generator=seeded_generator(0)), None, one)
+    draw_key(other, torch.device("cpu"))
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 def test_qsgd_bits_on_the_wire():

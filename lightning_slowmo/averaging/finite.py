@@ -1,0 +1,39 @@
+"""Whether parameters are finite, with one look at a GPU however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_slowmo.averaging.kernels import table_of
+from lightning_slowmo.parameters import Layout
+from lightning_slowmo.private import foreach_norm
+
+
+def is_finite(layout: Layout) -> bool:
+    """Whether all parameters of a layout are finite."""
+    flags: dict[torch.device, Tensor] = {}
+    others: dict[int, Tensor] = {}
+    for bucket in layout.buckets:
+        table = table_of(bucket)
+        if table is None:
+            others |= {id(parameter): parameter for parameter, _, _ in bucket.spans}
+            continue
+        if bucket.device not in flags:
+            flags[bucket.device] = torch.zeros(1, dtype=torch.int32, device=bucket.device)
+        table.find_nonfinite(flags[bucket.device])
+    return are_finite(list(others.values())) and not any(int(flag) for flag in flags.values())
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements of all tensors are finite."""
+    if not tensors:
+        return True
+    tensors = [tensor.detach() for tensor in tensors]
+    norms = [norm.double() for norm in foreach_norm(tensors)]
+    if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
+        return True
+    # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

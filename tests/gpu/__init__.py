@@ -1,0 +1,1 @@
+"""What only a GPU can show: ``make gpu``. Elsewhere every file here is skipped."""
