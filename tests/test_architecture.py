@@ -17,6 +17,7 @@ FLOORS = {
     "storage": 1,
     "tensors": 1,
     "buffers": 1,
+    "triton_support": 1,
     "scratch": 1,
     "arithmetic": 1,
     "pieces": 1,

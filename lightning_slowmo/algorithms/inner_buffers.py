@@ -112,13 +112,18 @@ class _State(NamedTuple):
 
 def _states(optimizer: Optimizer, but: Collection[int]) -> Iterator[_State]:
     known, holders = roles(optimizer), nested(optimizer)
+    by_place: dict[tuple[int, int], dict[str, Entry]] = {}  # of each kind of parameter, made once
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) in but:
                 continue
-            found = known.of(index, parameter)
-            for place, values in states(optimizer, parameter):
-                entries = None if found is None else {name: entry for (at, name), entry in found.items() if at == place}
+            for place, values in states(holders, parameter):
+                found = known.of(index, parameter)
+                entries = None
+                if found is not None:
+                    if (id(found), place) not in by_place:
+                        by_place[id(found), place] = {name: e for (at, name), e in found.items() if at == place}
+                    entries = by_place[id(found), place]
                 yield _State(holders[place], group, parameter, values, entries, known.rebuilds)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.optimizer_state import Key, roles, states
+from lightning_slowmo.algorithms.optimizer_state import Key, nested, roles, states
 from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication.workers import Workers
 
@@ -89,9 +89,9 @@ class Iterates:
 
         An optimizer that has not stepped a parameter yet begins with a copy of it: an offset of zero.
         """
-        pairs = []
+        pairs, holders = [], nested(self.optimizer)
         for parameter, (place, name), dtype in self._expected():
-            state = dict(states(self.optimizer, parameter)).get(place, {})
+            state = dict(states(holders, parameter)).get(place, {})
             present = name in state
             iterate = state[name].detach() if present else torch.zeros_like(parameter, dtype=dtype)
             pairs.append((iterate, parameter.detach(), present))

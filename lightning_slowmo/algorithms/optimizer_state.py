@@ -22,7 +22,7 @@ import copy
 import inspect
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -111,10 +111,15 @@ def nested(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
-def states(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The states of a parameter, with the place of the optimizer that holds them in :func:`nested`."""
+def states(holders: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The states of a parameter, with the place of the optimizer that holds them.
+
+    Args:
+        holders: an optimizer and those that it holds, see :func:`nested`.
+        parameter: one of theirs.
+    """
     seen: set[int] = set()
-    for place, holder in enumerate(nested(optimizer)):
+    for place, holder in enumerate(holders):
         if id(holder.state) not in seen and isinstance(state := holder.state.get(parameter), dict) and state:
             yield place, state
         seen.add(id(holder.state))
@@ -272,7 +277,7 @@ class _Trial:
 
     def state(self, place: int) -> dict[Key, Any]:
         """The entries of one parameter."""
-        found = states(self.optimizer, self.parameters[place])
+        found = states(nested(self.optimizer), self.parameters[place])
         return {(holder, name): value for holder, state in found for name, value in state.items()}
 
 

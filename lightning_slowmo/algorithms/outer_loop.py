@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ from lightning_slowmo.algorithms.base import Running, Synced
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
 from lightning_slowmo.averaging.averager import copy_state
+from lightning_slowmo.averaging.offload import Lift
 from lightning_slowmo.averaging.outer_step import OuterStep, Rule, Scalars
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
@@ -67,6 +69,7 @@ class RunningOuterLoop(Running):
         self.steps = 0
         self.anchor = self.layout.snapshot()
         self.momentum = self.layout.zeros()
+        self.lifts: dict[torch.device, Lift] = {}
         self._share_reference()
 
     @abstractmethod
@@ -81,6 +84,7 @@ class RunningOuterLoop(Running):
             self.averager = self.base.averager = self.averager.sharded()
             self.anchor, self.momentum = self.averager.cut(self.anchor), self.averager.cut(self.momentum)
         if offload:
+            self.lifts = {flat.device: Lift(flat.device) for flat in self.anchor if flat.is_cuda}
             self.anchor, self.momentum = ([_on_cpu(flat) for flat in flats] for flats in (self.anchor, self.momentum))
             self._share_reference()
 
@@ -92,8 +96,10 @@ class RunningOuterLoop(Running):
     def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout; a parameter that joins starts from its present value, without momentum."""
         self.base.adopt_layout(layout)
-        device = self.anchor[0].device
-        anchor, momentum = ([flat.to(device) for flat in flats] for flats in (layout.snapshot(), layout.zeros()))
+        self._settle()
+        anchor, momentum = layout.snapshot(), layout.zeros()
+        if self.lifts:
+            anchor, momentum = ([_on_cpu(flat) for flat in flats] for flats in (anchor, momentum))
         layout.carry(self.layout, self.anchor, anchor)
         layout.carry(self.layout, self.momentum, momentum)
         self.anchor, self.momentum = anchor, momentum
@@ -147,7 +153,14 @@ class RunningOuterLoop(Running):
 
     def _step(self, round: Round) -> OuterStep:
         """The outer step that begins now."""
-        return OuterStep(self.rule, self.scalars(round), self.anchor, self.momentum)
+        for lift in self.lifts.values():
+            lift.begin()
+        return OuterStep(self.rule, self.scalars(round), self.anchor, self.momentum, self.lifts)
+
+    def _settle(self) -> None:
+        """Wait until slow state in host memory is what the last outer step has made of it."""
+        for lift in self.lifts.values():
+            lift.settle()
 
     def moved(self) -> None:
         """Let the base take note."""
@@ -157,6 +170,7 @@ class RunningOuterLoop(Running):
 
     def slow_state(self) -> dict[str, Any]:
         """Anchor, momentum and whatever else a subclass carries from one outer step to the next."""
+        self._settle()
         return {
             "anchor": self.layout.per_parameter(self.averager.whole(self.anchor)),
             "momentum": self.layout.per_parameter(self.averager.whole(self.momentum)),
@@ -169,6 +183,7 @@ class RunningOuterLoop(Running):
 
     def _load(self, buffers: list[Tensor], saved: list[Tensor], what: str) -> None:
         """Copy checkpointed tensors into buffers, or into this worker's shares."""
+        self._settle()
         whole = self.layout.empty()
         copy_state(self.layout.per_parameter(whole), saved, what)
         for own, share in zip(buffers, self.averager.cut(whole), strict=True):

@@ -250,6 +250,7 @@ class RunningSlowMo(RunningOuterLoop):
     def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, with all momentum in equal units: parameters may come to other fragments."""
         rates = [self._old_rates(fragment) for fragment in range(self.layout.fragments)]
+        self._settle()
         common = [next(filter(None, column), 0.0) for column in zip(*rates, strict=True)]
         for v, run in zip(self.momentum, self.layout.runs, strict=True):
             old = rates[run.fragment][run.group]

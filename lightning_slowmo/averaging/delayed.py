@@ -15,20 +15,24 @@ the mean. When y is taken in depends on steps alone and not on when the mean arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_slowmo.averaging.averager import Averager, OnSum, check_fragments, copy_state
 from lightning_slowmo.averaging.drift import Drift
-from lightning_slowmo.averaging.mean import average, take_mean
+from lightning_slowmo.averaging.kernels import table_of
+from lightning_slowmo.averaging.mean import average, fuses, state_of, take_mean
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.pipeline import UnderWay, start
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Bucket, Layout
 from lightning_slowmo.scratch import Scratch
+from lightning_slowmo.triton_support import works_on
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Flight:
         sums: the sums that become y; none once it has arrived.
         on_sum: makes y from the sum.
         steps: local steps since it was sent.
-        drift: this worker's distance from the mean, relative to the norm of the mean; 0 until that is known.
+        stream: of the GPU, for all that does not touch the parameters; None on a CPU.
     """
 
     buckets: Sequence[Bucket]
@@ -51,7 +55,8 @@ class Flight:
     sums: list[UnderWay[float]] = field(default_factory=list)
     on_sum: OnSum | None = None
     steps: int = 0
-    drift: float = 0.0
+    stream: torch.cuda.Stream | None = None
+    _drift: Drift | None = None
 
     @classmethod
     def send(
@@ -61,6 +66,7 @@ class Flight:
         scratch: Scratch,
         weights: Sequence[float] | None = None,
         on_sum: OnSum | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> Flight:
         """Send all buckets at once, in the same order as the other workers, and wait for nobody.
 
@@ -70,14 +76,34 @@ class Flight:
             scratch: two buffers for each bucket, that nobody else uses until the flight has landed.
             weights: weight of each worker, by rank; equal if None.
             on_sum: makes y from the sum.
+            stream: where to copy, send and add up, behind the training's own. The parameters are read before, in the
+                order of the program: whoever changes them next need not know of this.
         """
-        self = cls(buckets, [], [], on_sum=on_sum)
+        self = cls(buckets, [], [], on_sum=on_sum, stream=stream)
         for bucket in buckets:
             sent, new = (scratch.allot(bucket, bucket.numel)[: bucket.numel] for _ in range(2))
-            self.sent.append(bucket.copy_to(sent))
-            self.new.append(new.copy_(sent))
-            self.sums.append(start(workers.sum(new, weights)))
+            table = table_of(bucket)
+            self.sent.append(bucket.copy_to(sent) if table is None else table.gather(sent))
+            self.new.append(new)
+        with self._aside():
+            for sent, new in zip(self.sent, self.new, strict=True):
+                self.sums.append(start(workers.sum(new.copy_(sent), weights)))
         return self
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Let the GPU do what is asked for in this context in the flight's stream, after all that it has to do now."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    @property
+    def drift(self) -> float:
+        """This worker's distance from the mean, relative to the norm of the mean; 0 until that is known."""
+        return self._drift.value() if self._drift is not None else 0.0
 
     def arrive(self) -> None:
         """Wait until the mean has come, and make y of it. The parameters stay as they are.
@@ -88,12 +114,21 @@ class Flight:
         if not self.sums:
             return
         drift = Drift(sum(bucket.numel for bucket in self.buckets))
-        for bucket, sent, new, sum_ in zip(self.buckets, self.sent, self.new, self.sums, strict=True):
-            weight = sum_.wait()
-            drift.compare(drift.sample(sent), new, weight)
-            take_mean(bucket, new, weight, self.on_sum)
+        with self._aside():
+            for bucket, sent, new, sum_ in zip(self.buckets, self.sent, self.new, self.sums, strict=True):
+                weight = sum_.wait()
+                if works_on(bucket.device) and fuses(bucket, self.on_sum):
+                    from lightning_slowmo.averaging.kernels.table import move_flat
+
+                    state = state_of(self.on_sum, bucket, weight)
+                    move_flat(new, weight, bucket.parameter_dtype, sent, drift, **state)
+                    continue
+                drift.compare(drift.sample(sent), new, weight)
+                take_mean(bucket, new, weight, self.on_sum)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         self.sums = []
-        self.drift = drift.value()
+        self._drift = drift
 
     def correct(self, scratch: Scratch) -> None:
         """Let the parameters x become y + (x - s). Written so, what has not moved since becomes y to the last bit.
@@ -102,6 +137,10 @@ class Flight:
             scratch: a buffer for the bucket in hand.
         """
         for bucket, sent, new in zip(self.buckets, self.sent, self.new, strict=True):
+            table = table_of(bucket)
+            if table is not None:
+                table.correct(sent, new)
+                continue
             flat = bucket.pack(scratch.take(bucket))
             for (_, x), (_, s), (_, y) in zip(*map(bucket.blocks, (flat, sent, new)), strict=True):
                 x.sub_(s).add_(y)
@@ -137,8 +176,17 @@ class DelayedAverager(Averager):
         self.overlap = overlap
         self.steps = [[0] * workers.size for _ in range(layout.fragments)]
         self.in_flight: Flight | None = None
+        self._landed: Flight | None = None
         self._drift = 0.0
         self._room = self._make_room()
+        self._stream = self._make_stream()
+
+    def _make_stream(self) -> torch.cuda.Stream | None:
+        """A stream for what travels, if all parameters are on one GPU."""
+        devices = {bucket.device for bucket in self.layout.buckets}
+        if len(devices) != 1 or not all(device.type == "cuda" for device in devices):
+            return None
+        return torch.cuda.Stream(devices.pop())
 
     def _make_room(self) -> Scratch:
         """Memory for what was sent, and for its mean, of one fragment at a time."""
@@ -162,11 +210,13 @@ class DelayedAverager(Averager):
             The drift of this worker; with overlap, that of the last average that has arrived.
         """
         self.land()
+        if self._landed is not None:  # a GPU need not be waited for before somebody asks for the figure
+            self._drift, self._landed = self._landed.drift, None
         chosen, fragments, well = self.fragment, range(self.layout.fragments), all(round.healthy)
         averaged = [chosen] if well else list(fragments)  # what a worker has lost, it needs now
         if well and self.overlap:
             buckets, weights = self.layout.fragment(chosen), self._weights(chosen, round)
-            self.in_flight = Flight.send(buckets, self.workers, self._room, weights, on_sum)
+            self.in_flight = Flight.send(buckets, self.workers, self._room, weights, on_sum, self._stream)
         else:
             drifts = {index: self._average(index, round, on_sum if index == chosen else None) for index in averaged}
             self._drift = drifts[chosen]
@@ -197,8 +247,7 @@ class DelayedAverager(Averager):
         if self.in_flight is not None:
             self.in_flight.arrive()
             self.in_flight.correct(self.scratch)
-            self._drift = self.in_flight.drift
-            self.in_flight = None
+            self._landed, self.in_flight = self.in_flight, None
 
     def consensus(self, round: Round) -> None:
         """Overwrite the parameters with the mean of what they would be if what is under way were taken in already.
@@ -220,7 +269,7 @@ class DelayedAverager(Averager):
         """Take over a new layout, and take in what is under way."""
         self.land()
         super().adopt_layout(layout)
-        self._room = self._make_room()
+        self._room, self._stream = self._make_room(), self._make_stream()
 
     # State ------------------------------------------------------------------------------------------------------------
 

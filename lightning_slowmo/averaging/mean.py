@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -46,10 +47,7 @@ def average(
         if table is not None:  # the parameters keep their values until the sum is there, and one pass does the rest
             total = table.gather(scratch.allot(bucket, largest))
             weight = yield from workers.sum(total, weights)
-            if isinstance(on_sum, OuterStep):
-                on_sum.scatter(table, bucket, total, weight, drift)
-            else:
-                table.scatter(total, weight, drift)
+            table.scatter(total, weight, drift, **state_of(on_sum, bucket, weight))
             return
         flat = bucket.pack(scratch.take(bucket))
         local = drift.sample(flat)
@@ -67,6 +65,11 @@ def fuses(bucket: Bucket, on_sum: OnSum | None) -> bool:
     if bucket.in_place:
         return False
     return on_sum is None or (isinstance(on_sum, OuterStep) and on_sum.is_on(bucket))
+
+
+def state_of(on_sum: OnSum | None, bucket: Bucket, weight: float) -> dict[str, Any]:
+    """What the kernels need beside the sum: nothing for the mean alone."""
+    return on_sum.state(bucket, weight) if isinstance(on_sum, OuterStep) else {}
 
 
 def take_mean(bucket: Bucket, flat: Tensor, weight: float, on_sum: OnSum | None) -> None:

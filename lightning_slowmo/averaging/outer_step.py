@@ -6,19 +6,17 @@ called block by block. On a GPU its operations are traced, and one kernel makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_slowmo.averaging.kernels import available
 from lightning_slowmo.averaging.kernels.trace import Trace, trace
+from lightning_slowmo.averaging.offload import Lift
 from lightning_slowmo.parameters import Block, Bucket
-
-if TYPE_CHECKING:
-    from lightning_slowmo.averaging.drift import Drift
-    from lightning_slowmo.averaging.kernels.table import Table
+from lightning_slowmo.triton_support import works_on
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 """An outer rule, see :mod:`lightning_slowmo.algorithms.outer_loop`. The memory of what it is given may hold its
@@ -37,12 +35,14 @@ class OuterStep:
         scalars: the rule's numbers, by parameter group.
         anchor: the last common point, one flat tensor per run.
         momentum: the rule's, likewise.
+        lifts: bring slow state that is in host memory to the device of a sum.
     """
 
     rule: Rule
     scalars: Sequence[Scalars]
     anchor: list[Tensor]
     momentum: list[Tensor]
+    lifts: Mapping[torch.device, Lift] = field(default_factory=dict)
 
     def __call__(self, block: Block, total: Tensor, weight: float) -> None:
         """Move one block of the anchor, and overwrite the sum with it.
@@ -53,28 +53,30 @@ class OuterStep:
             weight: the sum of their weights.
         """
         anchor, momentum = block.of(self.anchor), block.of(self.momentum)
-        if available(total.device) and anchor.device == total.device:
+        if anchor.device == total.device:
+            self._move(block, anchor, momentum, total, weight)
+            return
+
+        def move(start: int, stop: int, pieces: list[Tensor]) -> None:
+            self._move(block, pieces[0], pieces[1], total[start:stop], weight)
+
+        self.lifts[total.device].change([anchor, momentum], move)
+
+    def _move(self, block: Block, anchor: Tensor, momentum: Tensor, total: Tensor, weight: float) -> None:
+        """Move a piece of anchor and momentum that lies where the sum does."""
+        if works_on(total.device):
             from lightning_slowmo.averaging.kernels.table import move_flat
 
             traced = self._trace(block.group, weight)
             move_flat(total, weight, block.parameter_dtype, trace=traced, anchor=anchor, momentum=momentum)
             return
-        here = total.to(anchor.device)  # total itself, unless slow state is offloaded
-        self.rule(anchor, block.rounded(anchor), here, momentum, share=1 / weight, **self.scalars[block.group])
+        self.rule(anchor, block.rounded(anchor), total, momentum, share=1 / weight, **self.scalars[block.group])
         total.copy_(anchor)
 
-    def scatter(self, table: Table, bucket: Bucket, total: Tensor, weight: float, drift: Drift | None) -> None:
-        """Move a bucket whose slow state is on the same GPU, and write the new values to the parameters.
-
-        Args:
-            table: of the bucket.
-            bucket: of parameters, anchor and momentum.
-            total: the sum over the workers.
-            weight: the sum of their weights.
-            drift: takes note of how far the parameters were from the mean.
-        """
+    def state(self, bucket: Bucket, weight: float) -> dict[str, Any]:
+        """What the kernels need to move a bucket whose slow state is on its device: arguments of ``Table.scatter``."""
         traced = self._trace(bucket.group, weight)
-        table.scatter(total, weight, drift, traced, bucket.of(self.anchor), bucket.of(self.momentum))
+        return {"trace": traced, "anchor": bucket.of(self.anchor), "momentum": bucket.of(self.momentum)}
 
     def is_on(self, bucket: Bucket) -> bool:
         """Whether slow state lies where the parameters of a bucket do."""

@@ -35,6 +35,7 @@ def main() -> None:
             copy = assembly(target, passes.gather, TABLES | {"flat": flat}, common)
             if kind is tl.float32 and vector == 4 and re.search(r"ld\.global[^;]*\.v4", copy):
                 print("16 bytes at a time")
+            assembly(target, passes.correct, TABLES | {"sent": flat, "new": flat}, common)
             assembly(target, passes.find_nonfinite, TABLES | {"flag": "*i32"}, common)
             for operations, table in ((OPERATIONS, True), (OPERATIONS, False), ((), True)):
                 types = TABLES | NUMBERS | dict.fromkeys(("own", "flat", "anchor", "momentum"), flat)

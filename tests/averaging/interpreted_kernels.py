@@ -15,13 +15,15 @@ from lightning_slowmo.algorithms.block_momentum import block_update
 from lightning_slowmo.algorithms.diloco import nesterov_step, outer_gradient
 from lightning_slowmo.algorithms.slow_momentum import slow_update
 from lightning_slowmo.averaging.averager import OnSum
+from lightning_slowmo.averaging.delayed import Flight
 from lightning_slowmo.averaging.finite import is_finite
-from lightning_slowmo.averaging.kernels import interpreted, table
+from lightning_slowmo.averaging.kernels import table
 from lightning_slowmo.averaging.mean import average
 from lightning_slowmo.averaging.outer_step import OuterStep
 from lightning_slowmo.communication import Workers
 from lightning_slowmo.parameters import BucketSizes, Layout
 from lightning_slowmo.scratch import Scratch
+from lightning_slowmo.triton_support import interpreted
 
 SHAPES = [(3, 5), (), (7,), (0,), (2 * 4096 + 17,), (64, 33), (4096,), (129, 3)]
 """Odd sizes, a scalar, an empty tensor, one of exactly a tile and one that ends within a tile."""
@@ -186,3 +188,22 @@ def test_nothing_is_allotted_after_the_first_sync():
     assert {key: buffer.data_ptr() for key, buffer in scratch._buffers.items()} == places
     assert [bucket.notes["table"].tiles.data_ptr() for bucket in layout.buckets] == tables
     assert len(places) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", ["slow_update", "mean"])
+def test_a_mean_that_travels_while_training_goes_on(rule, dtype):
+    def outcome(fused: bool) -> tuple[list[Tensor], list[float]]:
+        tensors = parameters(SHAPES, dtype)
+        layout = Layout([tensors], BucketSizes(20_000, 2**60, block_numel=1000))
+        anchor, momentum = [flat.mul_(0.9) for flat in layout.snapshot()], layout.zeros()
+        step = OuterStep(RULES[rule][0], [RULES[rule][1]], anchor, momentum) if RULES[rule] else None
+        with interpreted() if fused else nullcontext():
+            flight = Flight.send(layout.buckets, Workers(AnotherWorker()), Scratch(2 * len(layout.buckets)), None, step)
+            for tensor in tensors:
+                tensor.data.add_(0.25)
+            flight.arrive()
+            flight.correct(Scratch())
+        return [*tensors, *anchor, *momentum], [flight.drift]
+
+    same(outcome(True), outcome(False), dtype)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_slowmo.averaging.kernels import available, trace
+from lightning_slowmo.averaging.kernels import trace
 from lightning_slowmo.parameters import DEFAULT_SIZES, GPU_SIZES, sizes_for
+from lightning_slowmo.triton_support import works_on
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
 
 
 def test_without_a_gpu_no_kernel_is_asked_for():
-    assert not available(torch.device("cpu"))
+    assert not works_on(torch.device("cpu"))
     script = (
         "import sys, torch; from lightning_slowmo import Engine, SlowMo, Workers\n"
         "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], 0.1)\n"

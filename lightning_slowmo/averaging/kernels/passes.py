@@ -52,6 +52,17 @@ def find_nonfinite(tiles, addresses, flag, KIND: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
+def correct(tiles, addresses, sent, new, KIND: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Let the parameters x of a bucket become y + (x - s), with y in ``new`` and s in ``sent``."""
+    parameter, place, length = _tile(tiles, addresses, KIND, VECTOR)
+    lane = tl.arange(0, TILE)
+    mask = lane < length
+    x = tl.load(parameter + lane, mask=mask, other=0).to(new.dtype.element_ty)
+    x = x - tl.load(sent + place + lane, mask=mask, other=0) + tl.load(new + place + lane, mask=mask, other=0)
+    tl.store(parameter + lane, x.to(KIND), mask=mask)
+
+
+@triton.jit
 def move(
     tiles,  # of the parameters, if TABLE
     addresses,  # likewise

@@ -78,6 +78,10 @@ class Table:
         """Set ``flag``, an int32 tensor of one element, if a parameter holds an infinity or NaN."""
         _launch(passes.find_nonfinite, self.programs, self.tiles, self.addresses, flag, **self._constants)
 
+    def correct(self, sent: Tensor, new: Tensor) -> None:
+        """Let the parameters x become new + (x - sent), of the bucket's length both."""
+        _launch(passes.correct, self.programs, self.tiles, self.addresses, sent, new, **self._constants)
+
     def scatter(
         self,
         total: Tensor,

@@ -8,60 +8,13 @@ Nothing here imports Triton before the first vector on a GPU asks for it; the mo
 ``tables`` do, so they are imported where they are used.
 """
 
-import os
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from importlib.util import find_spec
-
-import torch
 from torch import Tensor
 
-_interpreting = False
+from lightning_slowmo.triton_support import interpreted, works_on
+
+__all__ = ["available", "interpreted"]
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether the kernels of this folder work on ``tensor``: it is on a GPU that Triton can compile for."""
-    if tensor.is_cuda:
-        return _compiles(tensor.device)
-    return _interpreting
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """For tests: use the kernels for tensors on the CPU, in Triton's interpreter.
-
-    The variable ``TRITON_INTERPRET=1`` must be set before Triton is imported.
-
-    Raises:
-        RuntimeError: if it is not set.
-    """
-    global _interpreting
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported")
-    _interpreting = True
-    try:
-        yield
-    finally:
-        _interpreting = False
-
-
-@lru_cache(maxsize=64)
-def _compiles(device: torch.device) -> bool:
-    missing = _missing(device)
-    if missing:
-        warnings.warn(f"compression on {device} uses torch operations, many times slower: {missing}", stacklevel=4)
-    return not missing
-
-
-def _missing(device: torch.device) -> str:
-    """What keeps Triton from compiling for ``device``; empty if nothing does."""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
-        return "Triton needs compute capability 7.0"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
-        return "Triton needs a C compiler (gcc or clang)"
-    return ""
+    """Whether the kernels of this folder work on ``tensor``."""
+    return works_on(tensor.device)
