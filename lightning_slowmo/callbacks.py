@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_slowmo import private
 from lightning_slowmo.averaging import average_tensors
+from lightning_slowmo.buffers import shared
 from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.consistency import compare_buffers
 from lightning_slowmo.core import StrategyCore
 
 if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import EMAWeightAveraging
-else:  # the mixin itself belongs to neither package
-    EMAWeightAveraging = object
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+else:  # the mixins themselves belong to neither package
+    EMAWeightAveraging = ModelPruning = object
 
 
 class AtSyncMixin(EMAWeightAveraging):
@@ -60,8 +63,10 @@ class AtSyncMixin(EMAWeightAveraging):
         if super().should_update(core.running.rounds - 1):
             average = private.averaged_model(self)
             average.update_parameters(pl_module)
+            masks = compare_buffers(average.module, core.everyone)
             with torch.no_grad():
-                average_tensors(list(average.module.buffers()), core.everyone)
+                buffers = [slot.tensor for slot in shared(average.module) if slot.name not in masks]
+                average_tensors(buffers, core.everyone)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End with the average, if there is one."""
@@ -74,12 +79,82 @@ class AtSyncMixin(EMAWeightAveraging):
             )
 
 
+class PruneConsensusMixin(ModelPruning):
+    """Pruning of the workers' mean, so that the masks are equal on all workers.
+
+    Lightning's own ``ModelPruning`` prunes each worker's local weights, so every worker gets another mask. Here all
+    workers take over the consensus before it is pruned, at the end of every epoch.
+
+    Args:
+        arguments: those of ``ModelPruning``; ``prune_on_train_epoch_end=False`` is refused, as weights that are set in
+            validation are put back after it.
+        kwargs: the same.
+
+    Raises:
+        ValueError: if the model is to be pruned in validation.
+
+    Example::
+
+        Trainer(strategy="slowmo", callbacks=PruneConsensus("l1_unstructured", amount=0.2))
+    """
+
+    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
+        if not kwargs.get("prune_on_train_epoch_end", True):
+            raise ValueError(
+                f"{type(self).__name__} prunes at the end of training epochs; leave out prune_on_train_epoch_end=False."
+            )
+        super().__init__(*arguments, **kwargs)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take over the consensus, and prune it."""
+        core = getattr(trainer.strategy, "core", None)
+        if isinstance(core, StrategyCore) and core.training:
+            trainer.strategy.settle()
+        super().on_train_epoch_end(trainer, pl_module)
+        if isinstance(core, StrategyCore) and core.training:
+            for running in core.running.units:  # a lottery ticket has gone back to its first weights
+                running.moved()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save pruned weights of the consensus: ``ModelPruning`` reads the weights once more."""
+        if isinstance(getattr(trainer.strategy, "core", None), StrategyCore):
+            with trainer.strategy.consensus():
+                super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        else:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+
+def refuse_local_pruning(trainer: Any, core: StrategyCore, package: ModuleType) -> None:
+    """Refuse callbacks that would prune each worker's local weights.
+
+    Args:
+        trainer: whose callbacks are looked at.
+        core: of its strategy, with the engine.
+        package: the Lightning that the Trainer belongs to.
+
+    Raises:
+        ValueError: if there is one, and workers that may differ.
+    """
+    if core.everyone.alone or core.exchanges_gradients:
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, package.callbacks.ModelPruning) and not isinstance(callback, PruneConsensusMixin):
+            raise ValueError(
+                f"{type(callback).__name__} prunes each worker's local weights, so the workers' masks would differ. "
+                "Use lightning_slowmo.callbacks.PruneConsensus with the same arguments."
+            )
+
+
 if not TYPE_CHECKING:
     try:
         from lightning.pytorch.callbacks import EMAWeightAveraging as _Base
+        from lightning.pytorch.callbacks import ModelPruning as _Pruning
     except ImportError:  # pytorch_lightning alone is installed
         pass
     else:
 
         class EMAAtSync(AtSyncMixin, _Base):  # noqa: D101
             __doc__ = AtSyncMixin.__doc__
+
+        class PruneConsensus(PruneConsensusMixin, _Pruning):  # noqa: D101
+            __doc__ = PruneConsensusMixin.__doc__

@@ -1,7 +1,7 @@
 """The consensus: the mean model that is evaluated and saved, in the module's place for a while, or for good.
 
-Beside the trained parameters it has the module's buffers (BatchNorm statistics), and parameters that no optimizer
-trains and that change all the same, such as those of an EMA teacher.
+Beside the trained parameters it has the module's persistent buffers (BatchNorm statistics), and parameters that no
+optimizer trains and that change all the same, such as those of an EMA teacher.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from torch.nn import Module
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import Running
 from lightning_slowmo.averaging import average_tensors
+from lightning_slowmo.buffers import Aside, shared
+from lightning_slowmo.buffers import load as load_buffers
 from lightning_slowmo.communication.meeting import Header, Meeting, Reason, Round
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.consistency import compare_buffers
 from lightning_slowmo.storage import local
+from lightning_slowmo.tensors import checksum
 
 
 class Consensus:
@@ -31,6 +35,8 @@ class Consensus:
 
     Attributes:
         untrained: parameters that no optimizer trains and that were seen to differ between workers, by name.
+        masks: names of the buffers that were masks when the workers last compared them; they are equal, and not
+            averaged.
     """
 
     def __init__(self, module: Module | None, workers: Workers, everyone: Workers) -> None:
@@ -38,8 +44,10 @@ class Consensus:
         self.workers = workers
         self.everyone = everyone
         self.untrained: dict[str, Tensor] = {}
+        self.masks: frozenset[str] = frozenset()
         self._own: list[list[Tensor]] | None = None
-        self._own_besides: list[Tensor] = []
+        self._own_untrained: list[Tensor] = []
+        self._own_buffers = Aside(None)
         self._own_iterates: list[list[Tensor]] = []
 
     @property
@@ -53,27 +61,37 @@ class Consensus:
         Args:
             running: the algorithms, by optimizer.
             meeting: at which the workers have met for this.
+
+        Raises:
+            SyncError, ValueError: on all workers, if their buffers do not go together.
         """
         self.look_for_untrained(running)
+        self.compare_buffers()
         self._own = [each.layout.snapshot() for each in running]
-        self._own_besides = [tensor.clone() for tensor in self._besides()]
+        self._own_untrained = [tensor.clone() for tensor in self.untrained.values()]
+        self._own_buffers = Aside(self.module)
         self._own_iterates = [[tensor.clone() for tensor in each.iterates.tensors()] for each in running]
         self._load(running, meeting)
 
     def leave(self, running: Sequence[Running]) -> None:
-        """Give this worker its own parameters and buffers back, bit for bit."""
+        """Give this worker its own parameters and buffers back, bit for bit.
+
+        Buffers that have first appeared in the meantime stay, and masks that were drawn anew.
+        """
         if self._own is None:
             return
         with torch.no_grad():
             for each, snapshot, iterates in zip(running, self._own, self._own_iterates, strict=True):
                 each.layout.restore(snapshot)
                 _copy(each.iterates.tensors(), iterates)
-            _copy(self._besides(), self._own_besides)
-        self._own, self._own_besides, self._own_iterates = None, [], []
+            _copy(list(self.untrained.values()), self._own_untrained)
+            self._own_buffers.put_back(self.masks)
+        self._own, self._own_untrained, self._own_iterates, self._own_buffers = None, [], [], Aside(None)
 
     def settle(self, running: Sequence[Running], meeting: Meeting) -> None:
         """Load the consensus for good: training ends, or goes on from there."""
         self.look_for_untrained(running)
+        self.compare_buffers()
         self._load(running, meeting, for_good=True)
 
     def _load(self, running: Sequence[Running], meeting: Meeting, for_good: bool = False) -> None:
@@ -88,21 +106,31 @@ class Consensus:
                     else:
                         each.averager.consensus(round)
                     average_offsets(round.weights)
-            average_tensors(self._besides(), self.everyone, [float(not header.poisoned) for header in meeting.headers])
+            besides = [*self._buffers(), *self.untrained.values()]
+            average_tensors(besides, self.everyone, [float(not header.poisoned) for header in meeting.headers])
+
+    def compare_buffers(self, everyone: Workers | None = None) -> None:
+        """Make sure that the workers' buffers go together; all must call this.
+
+        Args:
+            everyone: whose; those of all processes if None.
+
+        Raises:
+            SyncError: on all workers; names a buffer that differs in shape, or a mask that differs.
+        """
+        self.masks = compare_buffers(self.module, self.everyone if everyone is None else everyone)
 
     def _buffers(self) -> list[Tensor]:
-        return [] if self.module is None else [buffer.detach() for buffer in self.module.buffers()]
-
-    def _besides(self) -> list[Tensor]:
-        """What belongs to the consensus besides the trained parameters."""
-        return [*self._buffers(), *self.untrained.values()]
+        """The persistent buffers without masks."""
+        return [slot.tensor.detach() for slot in shared(self.module) if slot.name not in self.masks]
 
     def model(self, running: Sequence[Running]) -> list[Tensor]:
         """Everything that the consensus is made of: trained parameters, buffers and, of the module, all others."""
         trained = [parameter for each in running for parameter in each.layout.parameters]
         known = {id(parameter) for parameter in trained}
         others = [] if self.module is None else [p for p in self.module.parameters() if id(p) not in known]
-        return [parameter.detach() for parameter in (*trained, *others)] + self._buffers()
+        buffers = [slot.tensor for slot in shared(self.module)]
+        return [tensor.detach() for tensor in (*trained, *others, *buffers)]
 
     # What no algorithm averages ---------------------------------------------------------------------------------------
 
@@ -122,7 +150,7 @@ class Consensus:
         }
         if not others:
             return
-        checksums = [float(tensor.sum(dtype=torch.float64)) for tensor in others.values()]
+        checksums = [checksum(tensor) for tensor in others.values()]
         columns = zip(*self.everyone.gather(checksums, "checksums of untrained parameters"), strict=True)
         differ = [name for name, column in zip(others, columns, strict=True) if len(set(column)) > 1]
         self.untrained |= {name: others[name] for name in differ}
@@ -140,6 +168,7 @@ class Consensus:
     def heal(self, running: Running, round: Round) -> None:
         """Give the workers that were left out of a mean what their parameters alone do not bring back to health."""
         healthy = round.healthy[self.workers.rank]
+        self.compare_buffers()
         buffers = self._buffers()
         own = [buffer.clone() for buffer in buffers]
         average_tensors(buffers, self.workers, [float(well) for well in round.healthy])
@@ -154,12 +183,12 @@ class Consensus:
     def local_state(self, running: Sequence[Running]) -> dict[str, Any]:
         """This worker's own parameters and buffers, also while the model holds the consensus."""
         own = self._own if self._own is not None else [each.layout.snapshot() for each in running]
-        besides = self._own_besides if self.entered else self._besides()
         iterates = self._own_iterates if self.entered else [each.iterates.tensors() for each in running]
         return {
             "parameters": [each.layout.per_parameter(flat) for each, flat in zip(running, own, strict=True)],
             "moving": list(self.untrained),
-            "buffers": list(besides),
+            "untrained": self._own_untrained if self.entered else list(self.untrained.values()),
+            "buffers": (self._own_buffers if self.entered else Aside(self.module)).values,
             "iterates": iterates,  # the optimizer's state is saved too, but perhaps while it holds the consensus's
         }
 
@@ -170,7 +199,13 @@ class Consensus:
                 for parameter, own in zip(each.layout.parameters, parameters, strict=True):
                     local(parameter).copy_(own)
             self.average_also(state["moving"])
-            _copy(self._besides(), state["buffers"])
+            saved, count = state["buffers"], len(self.untrained)
+            if isinstance(saved, list):  # written before buffers had names: untrained parameters lie behind them
+                untrained, saved = saved[len(saved) - count :], saved[: len(saved) - count]
+            else:
+                untrained = state["untrained"]
+            _copy(list(self.untrained.values()), untrained)
+            load_buffers(self.module, saved)
             for each, iterates in zip(running, state.get("iterates", ()), strict=False):  # version 0.1 saved none
                 _copy(each.iterates.tensors(), iterates)
 

@@ -32,10 +32,10 @@ from torch.optim import Optimizer
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.checkpoint import Restored
-from lightning_slowmo.communication import Header, Reason, Workers, meet, require_equal
-from lightning_slowmo.communication.broadcast import broadcast_tensors
+from lightning_slowmo.communication import Header, Reason, Workers, meet
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.consistency import start_equal
 from lightning_slowmo.engine import Engine, check_on_nonfinite
 from lightning_slowmo.presets import PRESETS, preset
 from lightning_slowmo.replace import carry_over
@@ -143,16 +143,9 @@ class StrategyCore:
 
         Raises:
             SyncError: on every process, if names, dtypes or shapes differ.
+            ValueError: if a tensor cannot be sent; names it.
         """
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        require_equal(
-            self.everyone,
-            "The model",
-            "; ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()),
-            "Build the same model on every rank.",
-        )
-        with torch.no_grad():
-            broadcast_tensors(list(tensors.values()) if only is None else list(only), self.everyone)
+        start_equal(model, self.everyone, only)
 
     def make_engine(self, optimizers: Sequence[Optimizer], module: Module) -> Engine:
         """Make the engine, with new slow state; every process must call this.

@@ -101,7 +101,7 @@ class Engine:
         self.workers = workers
         self.everyone = workers if everyone is None else everyone
         self.peers = None if everyone is None else workers.places
-        require_same_setting(self.algorithm, self._optimizers, self.everyone)
+        require_same_setting(self.algorithm, self._optimizers, self.everyone, self.module)
         self.units = [self.algorithm.bind(optimizer, workers) for optimizer in self._optimizers]
         require_same_start(self.units, self.everyone)
         if self._shard or self._offload:
@@ -126,6 +126,7 @@ class Engine:
         state = {"shared": self.shared_state(), "rounds": self.rounds, "untrained": list(self._consensus.untrained)}
         together = workers if everyone is None else everyone
         state = broadcast_state(state, together)
+        self._consensus.compare_buffers(together)
         with torch.no_grad():
             broadcast_tensors(self._consensus.model(self.units), together)
         self._bind(workers, everyone)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+    from torch.nn import Module
     from torch.optim.swa_utils import AveragedModel
 
 # PyTorch --------------------------------------------------------------------------------------------------------------
@@ -49,6 +50,15 @@ def version_of(tensor: Tensor) -> int:
     counter for its own checks.
     """
     return tensor._version
+
+
+def is_persistent(module: Module, name: str) -> bool:
+    """Whether a buffer of a module is part of its ``state_dict``.
+
+    Tested with torch 2.15 (``Module._non_persistent_buffers_set``). Public replacement: the keys of ``state_dict()``,
+    at the price of its hooks.
+    """
+    return name not in module._non_persistent_buffers_set
 
 
 def default_store() -> Store:

@@ -43,20 +43,30 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient of sparse layout in the dense one; others as they are."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    """The numbers in a gradient: those that are stored, if its layout is sparse."""
+    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+
+
 def local(parameter: Tensor) -> Tensor:
     """The values of a parameter in this process: its own memory, without gradient."""
     return as_real(parameter.detach())
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter, in the order of the parameter's memory; zeros if it has none.
+    """The gradient of a parameter, dense and in the order of the parameter's memory; zeros if it has none.
 
     Workers that hold the same gradient in different orders would add up elements that do not belong together.
     """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    elif not _same_order(parameter, parameter.grad):
-        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    elif parameter.grad.layout is not torch.strided or not _same_order(parameter, parameter.grad):
+        parameter.grad = torch.empty_like(parameter).copy_(dense(parameter.grad))
     return as_real(parameter.grad.detach())
 
 

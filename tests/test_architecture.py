@@ -15,6 +15,8 @@ LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_li
 FLOORS = {
     "parameters": 1,
     "storage": 1,
+    "tensors": 1,
+    "buffers": 1,
     "triton_support": 1,
     "scratch": 1,
     "arithmetic": 1,

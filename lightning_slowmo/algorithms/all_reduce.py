@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import Algorithm, Running, Synced
 from lightning_slowmo.averaging.mean import average
+from lightning_slowmo.averaging.sparse import average_sparse
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Layout
 from lightning_slowmo.storage import gradient
+
+NO_GRADIENT, DENSE, SPARSE = 0.0, 1.0, 2.0
+"""What workers tell one another of the gradient that they have of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class AllReduce(Algorithm):
         return RunningAllReduce(optimizer, workers)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
-        """At every step a header, which parameters have gradients, and the gradients."""
+        """At every step a header, which parameters have gradients, and the gradients, none of which is sparse."""
         used = traffic.header(workers, len(layout.parameters))
         mean = traffic.together(1, traffic.header(workers), used, traffic.all_reduce(layout, workers))
         return [replace(mean, gradients=True)]
@@ -64,13 +69,19 @@ class RunningAllReduce(Running):
         """Average the gradients over the workers that came with some.
 
         A parameter that only some workers used counts as a gradient of 0 on the others, as in DDP; one that nobody
-        used keeps None.
+        used keeps None. Gradients of sparse layout stay sparse, unless a worker has a dense one.
         """
         parameters, mine = self.layout.parameters, round.present[self.workers.rank]
-        used = [float(mine and parameter.grad is not None) for parameter in parameters]
-        used_anywhere = [any(column) for column in zip(*self.workers.gather(used, "used parameters"), strict=True)]
-        layout = self._layout_of_gradients(parameters, used_anywhere)
-        average(layout.buckets, self.workers, self.averager.scratch, [float(present) for present in round.present])
+        weights = [float(present) for present in round.present]
+        own = [_kind(parameter) if mine else NO_GRADIENT for parameter in parameters]
+        kinds = [set(column) for column in zip(*self.workers.gather(own, "used parameters"), strict=True)]
+        sparse = [SPARSE in kind and DENSE not in kind for kind in kinds]
+        used = [any(kind) and not is_sparse for kind, is_sparse in zip(kinds, sparse, strict=True)]
+        layout = self._layout_of_gradients(parameters, used)
+        average(layout.buckets, self.workers, self.averager.scratch, weights)
+        with_sparse = [parameter for parameter, is_sparse in zip(parameters, sparse, strict=True) if is_sparse]
+        if with_sparse:
+            average_sparse(with_sparse, self.workers, weights)
         self.pending = int(mine)
 
     def _layout_of_gradients(self, parameters: list[Tensor], used: list[bool]) -> Layout:
@@ -90,3 +101,10 @@ class RunningAllReduce(Running):
         if len(set(round.pending)) > 1:
             self.averager.average(round)
             self.pending = 0
+
+
+def _kind(parameter: Tensor) -> float:
+    """What kind of gradient a parameter has on this worker."""
+    if parameter.grad is None:
+        return NO_GRADIENT
+    return DENSE if parameter.grad.layout is torch.strided else SPARSE

@@ -41,6 +41,7 @@ from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, SignTopK
 from lightning_slowmo.parameters import Layout
+from lightning_slowmo.storage import as_real
 from lightning_slowmo.topology import Mixing, make
 
 InitialEstimate = Literal["model", "zero"]
@@ -158,7 +159,7 @@ class RunningSQuARM(RunningEstimates):
             ValueError: if every step would.
         """
         config = self.config
-        lengths = tuple(parameter.numel() for parameter in self.layout.parameters)
+        lengths = tuple(as_real(parameter.detach()).numel() for parameter in self.layout.parameters)
         setting = (config.topology, config.compressor, self.workers.size, config.mixing, lengths)
         largest, suggested = largest_consensus_step(*setting), suggest_consensus_step(*setting)
         if not largest:

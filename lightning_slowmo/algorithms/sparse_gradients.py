@@ -26,6 +26,7 @@ from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.parameters import Layout
 from lightning_slowmo.private import version_of
+from lightning_slowmo.storage import as_real, dense, local, values_of
 
 
 class RunningSparseSGD(RunningAllReduce):
@@ -93,7 +94,7 @@ class RunningSparseSGD(RunningAllReduce):
         """
         parameters, mine = self.layout.parameters, round.present[self.workers.rank]
         fresh = [mine and self.exchanged.is_new(p) for p in parameters]
-        own = [p.grad for p, new in zip(parameters, fresh, strict=True) if new and p.grad is not None]
+        own = [values_of(p.grad) for p, new in zip(parameters, fresh, strict=True) if new and p.grad is not None]
         broken, scaled = not are_finite(own), self.loss_scale is not None
         mixed = any(new and self.exchanged.was_added_to(p) for p, new in zip(parameters, fresh, strict=True))
         rows = self.workers.gather([broken, broken and not scaled, mixed, *fresh], "used parameters")
@@ -106,7 +107,7 @@ class RunningSparseSGD(RunningAllReduce):
         )
         used = [p for p, column in zip(parameters, columns, strict=True) if any(column)]
         if any(all_broken):
-            self._write(used, [torch.full_like(p, math.nan) for p in used], mine)
+            self._write(used, [torch.full_like(local(p), math.nan) for p in used], mine)
         elif used:
             self._exchange_all(used, {id(p) for p, new in zip(parameters, fresh, strict=True) if new}, round)
             self.steps += 1
@@ -150,18 +151,19 @@ class RunningSparseSGD(RunningAllReduce):
         buffers = layout.zeros()
         for p, view in zip(layout.parameters, layout.per_parameter(buffers), strict=True):
             if id(p) in fresh and p.grad is not None:
-                view.copy_(p.grad).div_(self.loss_scale or 1.0)
+                view.copy_(as_real(dense(p.grad))).div_(self.loss_scale or 1.0)
         return buffers
 
     def _write(self, parameters: Sequence[Tensor], values: Sequence[Tensor], mine: bool) -> None:
         """Overwrite the gradients, times the scaler's factor.
 
         A worker that came without gradients (``mine`` is False) only took part in the exchange, and keeps its own.
+        Gradients of sparse layout (``Embedding(sparse=True)``) become dense, as the common one has other elements.
         """
         for p, value in zip(parameters, values, strict=True) if mine else ():
-            if p.grad is None:
+            if p.grad is None or p.grad.layout is not torch.strided:
                 p.grad = torch.empty_like(p)
-            p.grad.copy_(value).mul_(self.loss_scale or 1.0)
+            as_real(p.grad).copy_(value).mul_(self.loss_scale or 1.0)
 
     def adopt_layout(self, layout: Layout) -> None:
         """Take over a new layout, and carry the buffers along."""

@@ -35,6 +35,7 @@ from lightning_slowmo.communication.pipeline import Transfer, pipeline
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor, Sign
 from lightning_slowmo.parameters import Bucket, Layout
+from lightning_slowmo.storage import as_real
 
 STABLE = 0.96
 """``warmup_steps="auto"`` ends the warm-up when |v| has changed by no more than this ratio in 1 / (1 - beta2) steps."""
@@ -169,7 +170,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         if self.exchanges == 0 or self.exchanges % delta:
             return False
         norms = [
-            float(state["exp_avg_sq"].sum()) / (1 - self._beta2(index) ** float(state["step"]))
+            float(as_real(state["exp_avg_sq"]).sum()) / (1 - self._beta2(index) ** float(state["step"]))
             for index, state in enumerate(map(self.optimizer.state.get, self.layout.parameters))
             if state
         ]
@@ -189,8 +190,8 @@ class RunningAPMSqueeze(RunningAllReduce):
         for p, m, v in self._buffers():
             state = self.optimizer.state.get(p)
             if state:
-                m.copy_(state["exp_avg"])
-                v.copy_(state["exp_avg_sq"])
+                m.copy_(as_real(state["exp_avg"]))
+                v.copy_(as_real(state["exp_avg_sq"]))
         counts = [
             float(state["step"]) if state else 0.0 for state in map(self.optimizer.state.get, self.layout.parameters)
         ]
@@ -233,7 +234,7 @@ class RunningAPMSqueeze(RunningAllReduce):
         views = self.layout.per_parameter(message)
         for target, group, state, stepped, (_, m, _) in zip(views, groups, states, took, self._buffers(), strict=True):
             if present and stepped:
-                target.copy_(state["exp_avg"])
+                target.copy_(as_real(state["exp_avg"]))
             else:  # no gradient here counts as one of 0
                 target.copy_(m).mul_(group["betas"][0])
         drift = self._exchange(message, round)
@@ -297,8 +298,8 @@ class RunningAPMSqueeze(RunningAllReduce):
         for index, (p, m, v) in enumerate(self._buffers()):
             state = self.optimizer.state.get(p)
             if state:
-                state["exp_avg"].copy_(m)
-                state["exp_avg_sq"].copy_(v)
+                as_real(state["exp_avg"]).copy_(m)
+                as_real(state["exp_avg_sq"]).copy_(v)
                 state["step"].fill_(self.steps[index])
 
     def _buffers(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Bucket, Layout
 from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import as_real
+from lightning_slowmo.tensors import is_averaged
 
 
 def average(
@@ -81,7 +82,9 @@ def take_mean(bucket: Bucket, flat: Tensor, weight: float, on_sum: OnSum | None)
 
 
 def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequence[float] | None = None) -> None:
-    """Replace float and complex tensors by their mean over the workers, and others by worker 0's (for buffers).
+    """Replace tensors by their mean over the workers, and those of which none makes sense by worker 0's (for buffers).
+
+    Means are of floats of 16 bits or more and of complex numbers; codes, integers and booleans have none.
 
     Args:
         tensors: of equal shapes and dtypes on all workers.
@@ -90,7 +93,6 @@ def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequen
     """
     if workers.alone:
         return
-    numbers = [as_real(tensor.detach()) for tensor in tensors]
-    floats = [tensor for tensor in numbers if tensor.is_floating_point()]
-    average(Layout([floats], workers.sizes).buckets, workers, Scratch(), weights)
-    broadcast_tensors([tensor for tensor in numbers if not tensor.is_floating_point()], workers)
+    numbers = [as_real(tensor.detach()) for tensor in tensors if is_averaged(tensor)]
+    average(Layout([numbers], workers.sizes).buckets, workers, Scratch(), weights)
+    broadcast_tensors([tensor for tensor in tensors if not is_averaged(tensor)], workers)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_slowmo.communication.workers import Workers
+from lightning_slowmo.tensors import as_bytes
 
 
 def broadcast_tensors(tensors: Sequence[Tensor], workers: Workers, source: int = 0) -> None:
-    """Replace tensors by those of one worker.
+    """Replace tensors by those of one worker. They travel as bytes, whatever their dtype: gloo knows few.
 
     Args:
         tensors: of equal shapes and dtypes on all workers.
@@ -27,10 +28,10 @@ def broadcast_tensors(tensors: Sequence[Tensor], workers: Workers, source: int =
         if tensor.numel():
             alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for same in alike.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        flat = torch.cat([as_bytes(tensor) for tensor in same])
         workers.broadcast(flat, source)
-        for tensor, piece in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-            tensor.copy_(piece.view(tensor.shape))
+        for tensor, piece in zip(same, flat.split([tensor.numel() * tensor.itemsize for tensor in same]), strict=True):
+            tensor.copy_(piece.view(tensor.dtype).view(tensor.shape))
 
 
 def broadcast_state(state: Any, workers: Workers, source: int = 0) -> Any:

@@ -34,6 +34,12 @@ class ConsensusMixin(StrategyPart):
         with self._consensus(Reason.CONSENSUS):
             yield
 
+    def settle(self) -> None:
+        """Let all workers go on from the consensus, in the middle of training; all ranks must call this."""
+        if self.core.training and not self._failed:
+            with self._flags():
+                self.core.running.finish()
+
     @contextmanager
     def _consensus(self, reason: Reason) -> Iterator[None]:
         if not self.core.training or self._failed:

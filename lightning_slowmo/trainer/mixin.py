@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
-from lightning_slowmo.callbacks import AtSyncMixin
+from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
 from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
@@ -191,6 +191,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         assert self.lightning_module is not None
         self.core.make_engine(self.optimizers, self.lightning_module).on_sync = self._on_sync
         warn_of_callbacks(trainer, self.package)
+        refuse_local_pruning(trainer, self.core, self.package)
         self._watch_optimizers()
         self._fit.signals = Signals(trainer, self.core, self.launcher)
         self._fit.undo.append(self._fit.signals.give_back)
