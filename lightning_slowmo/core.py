@@ -224,6 +224,12 @@ class StrategyCore:
         return self.engine is not None and self.engine.exchanges_gradients
 
     @property
+    def may_skip_steps(self) -> bool:
+        """Whether a worker may compute no gradients in a step: whether no others wait for them."""
+        exchange = any(unit.innermost.exchanges_gradients for unit in self.running.units)
+        return self.node is None and not exchange
+
+    @property
     def report(self) -> SyncReport:
         """Totals over all syncs so far, on this worker."""
         return self.engine.total if self.engine is not None else SyncReport(count=0)
@@ -246,7 +252,8 @@ class StrategyCore:
             return
         if self.running.in_consensus:
             engine = self.running
-            meet(Header(reason, rounds=engine.rounds, pending=(0,) * len(engine.units)), self.everyone)
+            header = Header(reason, rounds=engine.rounds, pending=(0,) * len(engine.units))
+            meet(header, self.everyone, together=True)
         else:
             self.running.meet(reason)
 
