@@ -269,11 +269,11 @@ def spread_and_end(rank, size, folder):
     results = {}
     path = f"{folder}/local.ckpt"
     for name, algorithm in (("SlowMo", SlowMo(sync_every=5)), ("LocalSGD", LocalSGD(3)), ("Gossip", Gossip("ring"))):
-        saving = ModelCheckpoint(f"{folder}/{name}", "{step}", every_n_train_steps=7)
+        saving = ModelCheckpoint(f"{folder}/{name}", "{epoch}")
         module = Counted()
         fit(size, module, data(rank, examples=28), algorithm=algorithm, max_epochs=1, callbacks=saving,
             enable_checkpointing=True)  # fmt: skip
-        path = f"{folder}/{name}/step=7.ckpt"
+        path = f"{folder}/{name}/epoch=0.ckpt"
         for how, arguments in {
             "finished": {"max_epochs": 1},
             "max_steps": {"max_steps": 7, "max_epochs": -1},
