@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -88,11 +88,16 @@ class StrategyPart(DDPStrategy):
         engine, trainer = self.core.running, self._trainer
         done = self._reached_max_steps
         engine.stop = bool(trainer.should_stop) or done
-        yield
+        with self._uninterrupted():
+            yield
         if engine.stop and not done:
             trainer.should_stop = True
         if engine.must_terminate and not engine.must_save:  # else after that save
             private.mark_sigterm_received(trainer)
+
+    def _uninterrupted(self) -> AbstractContextManager[None]:
+        """Let Ctrl-C wait until this context ends."""
+        return self._fit.signals.uninterrupted() if self._fit.signals is not None else nullcontext()
 
     def _meet(self, reason: Reason) -> None:
         """Meet before a collective of Lightning's own, so that a worker that is still training can come to it."""

@@ -65,12 +65,13 @@ class CollectivesMixin(StrategyPart):
     @contextmanager
     def _met(self, reason: Reason) -> Iterator[None]:
         """The workers meet, and do not meet again for the collectives inside this context."""
-        self._meet(reason)
-        before, self._fit.met = self._fit.met, True
-        try:
-            yield
-        finally:
-            self._fit.met = before
+        with self._uninterrupted():
+            self._meet(reason)
+            before, self._fit.met = self._fit.met, True
+            try:
+                yield
+            finally:
+                self._fit.met = before
 
     def _watch_default_group(self) -> None:
         """Let the workers meet before every collective on the default group that does not come through the strategy."""

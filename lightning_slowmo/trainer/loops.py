@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_slowmo import private
 from lightning_slowmo.communication import Reason, SyncError
 from lightning_slowmo.trainer.base import StrategyPart
@@ -60,6 +62,17 @@ class LoopsMixin(StrategyPart):
         if engine.must_save:
             self._save_wanted()
         self.core.training = False
+
+    def _finish_after_interrupt(self) -> None:
+        """After Ctrl-C: get the consensus, if the others were interrupted, too, or stop when they hear of it."""
+        engine = self.core.engine
+        if engine is None or not self.core.training:
+            return
+        engine.stop = True
+        try:
+            engine.finish()
+        except SyncError as error:
+            rank_zero_warn(f"After the interrupt each worker keeps parameters of its own: {error}")
 
     def _save_wanted(self) -> None:
         assert self._fit.signals is not None
@@ -121,7 +134,8 @@ class LoopsMixin(StrategyPart):
         Args:
             idle: whether this worker had no batch in this epoch.
         """
-        texts = self.core.everyone.gather_text("" if idle else json.dumps(private.logged_metrics(self._trainer)))
+        with self._uninterrupted():
+            texts = self.core.everyone.gather_text("" if idle else json.dumps(private.logged_metrics(self._trainer)))
         if idle:
             private.log_nothing(self._trainer, json.loads(next(filter(None, texts))))
             self._save_again()

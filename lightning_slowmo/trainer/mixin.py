@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -166,6 +167,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     def setup_distributed(self) -> None:
         """Join the process group, then make this strategy's own groups beside it."""
         super().setup_distributed()
+        if dist.get_world_size() < self.world_size:
+            raise RuntimeError(
+                f"torch.distributed was initialized with {dist.get_world_size()} process(es) before, by a Trainer with "
+                f"fewer devices perhaps, but this one has {self.world_size}. Use a script for each, or a strategy that "
+                f"starts its own processes for every fit, such as '{type(self).strategy_name}_spawn'."
+            )
         self.core.make_groups(self.node_rank, self.local_rank, self.root_device)
 
     def configure_ddp(self) -> None:
@@ -275,7 +282,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         self._finish()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leave a message for the workers that will wait for this one, and communicate no more."""
+        """Leave a message for the workers that will wait for this one, and communicate no more.
+
+        After Ctrl-C, which reaches all processes, the workers end with the consensus first.
+        """
+        if isinstance(exception, KeyboardInterrupt):
+            self._finish_after_interrupt()
         self.core.report_failure(exception)
         super().on_exception(exception)
 

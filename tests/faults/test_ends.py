@@ -1,5 +1,7 @@
 """How a fit begins and ends when workers are not at the same place: no batches, limits of one rank, a skipped loop."""
 
+import os
+import signal
 import time
 from datetime import timedelta
 
@@ -316,3 +318,61 @@ def test_a_fit_that_does_nothing_changes_no_bit(ended):
     for result in ended[1]:
         before, after = result["untrained"]
         assert before == after
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Callback):
+    """Gets Ctrl-C after some batches, each rank after others."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if module.batches == self.after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Marks(Callback):
+    """Tells the parent of the processes when this rank has trained some batches."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if module.batches == 6:
+            open(self.path, "w").close()
+
+
+def fit_interrupted(rank, size, folder):
+    results = []
+    for callback in (Interrupted(6 + rank), Marks(f"{folder}/{rank}")):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        waits = isinstance(callback, Marks)
+        module = Late(0.2 if waits and rank else 0.0)
+        fitting = trainer(size, strategy(), max_epochs=50, callbacks=callback)
+        with pytest.raises(SystemExit):
+            fitting.fit(module, data(rank, examples=400 if waits else 32), data(9))
+        results.append((module.batches, numbers(module)))
+    return results
+
+
+def interrupt(folder, processes):
+    """Press Ctrl-C while rank 0 waits at a sync for the others, who are slow."""
+    deadline = time.monotonic() + 60
+    while not (folder / "1").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("size", [2, 3])
+def test_after_an_interrupt_of_all_workers_all_hold_the_consensus(tmp_path, size):
+    results = run_trainers(size, fit_interrupted, size, str(tmp_path), meanwhile=lambda p: interrupt(tmp_path, p))
+    for each in range(2):
+        batches, models = zip(*(result[each] for result in results), strict=True)
+        assert all(model == models[0] for model in models), each
+        assert max(batches) <= 9, batches
+    assert [result[0][0] for result in results] == [6, 7, 8][:size]
