@@ -68,7 +68,10 @@ _YIELDS_TO = {
     Reason.EPOCH_END: {Reason.EPOCH_START, Reason.VALIDATION},
     Reason.TRAIN_END: {Reason.EPOCH_START, Reason.EPOCH_END},
 }
-"""What a worker that came for the one lets the others do first; then it meets them again."""
+"""What a worker that came for the one lets the others do first; then it meets them again.
+
+At the end of training only if it was a wish to stop: the others then hear of it before their next epoch.
+"""
 
 _AT_THE_END = {Reason.EPOCH_END, Reason.VALIDATION}
 """Where a worker may be whose batches have run out, while others still train."""
@@ -192,7 +195,11 @@ class Meeting:
     def leading(self) -> set[Reason]:
         """What the workers came for, less what gives way to something that others came for."""
         came = self.reasons
-        return {why for why in came if why is not Reason.PAUSE and not _YIELDS_TO.get(why, set()) & came} or came
+
+        def yields(reason: Reason) -> bool:
+            return bool(_YIELDS_TO.get(reason, set()) & came) and (reason is not Reason.TRAIN_END or self.stop)
+
+        return {reason for reason in came if reason is not Reason.PAUSE and not yields(reason)} or came
 
     @property
     def scattered(self) -> bool:
