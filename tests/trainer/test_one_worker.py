@@ -1,5 +1,6 @@
 """A single worker under every preset, and checkpoints that go from one worker to four and back."""
 
+import os
 import warnings
 
 import pytest
@@ -67,3 +68,16 @@ def train_plainly(rank, strategy):
 @pytest.mark.parametrize("name", ["local_sgd", "dpsgd", "sgp"])
 def test_one_worker_that_only_averages_trains_as_without_a_strategy(name):
     assert run_trainers(1, train_plainly, name) == run_trainers(1, train_plainly, "ddp")
+
+
+def train_alone_then_with_another(rank):
+    trainer(1, "slowmo").fit(Regression(), data(0))
+    os.environ["WORLD_SIZE"] = "2"  # as a Trainer(devices=2) in the same script sees it
+    trainer(2, "slowmo").fit(Regression(), data(0))
+
+
+@pytest.mark.processes
+def test_a_process_group_of_an_earlier_trainer_with_fewer_devices_is_refused():
+    (error,) = run_trainers(1, train_alone_then_with_another, expect_failure=True)
+    assert "RuntimeError: torch.distributed was initialized with 1 process(es) before" in error
+    assert "this one has 2" in error
