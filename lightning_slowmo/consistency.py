@@ -26,6 +26,12 @@ LOCAL = "local "
 """What marks the description of a buffer that may differ between workers."""
 
 
+def check_on_nonfinite(value: str) -> None:
+    """Raise ValueError unless ``value`` says what to do with a worker whose parameters are not finite."""
+    if value not in ("raise", "skip"):
+        raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {value!r}.")
+
+
 def require_same_setting(
     algorithm: Algorithm, optimizers: Sequence[Optimizer], everyone: Workers, module: Module | None = None
 ) -> None:

@@ -35,8 +35,8 @@ from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Header, Reason, Workers, meet
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
-from lightning_slowmo.consistency import start_equal
-from lightning_slowmo.engine import Engine, check_on_nonfinite
+from lightning_slowmo.consistency import check_on_nonfinite, start_equal
+from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS, preset
 from lightning_slowmo.replace import carry_over
 
@@ -218,6 +218,12 @@ class StrategyCore:
         return self.engine is not None and self.engine.exchanges_gradients
 
     @property
+    def may_skip_steps(self) -> bool:
+        """Whether a worker may compute no gradients in a step: whether no others wait for them."""
+        exchange = any(unit.innermost.exchanges_gradients for unit in self.running.units)
+        return self.node is None and not exchange
+
+    @property
     def report(self) -> SyncReport:
         """Totals over all syncs so far, on this worker."""
         return self.engine.total if self.engine is not None else SyncReport(count=0)
@@ -240,7 +246,8 @@ class StrategyCore:
             return
         if self.running.in_consensus:
             engine = self.running
-            meet(Header(reason, rounds=engine.rounds, pending=(0,) * len(engine.units)), self.everyone)
+            header = Header(reason, rounds=engine.rounds, pending=(0,) * len(engine.units))
+            meet(header, self.everyone, together=True)
         else:
             self.running.meet(reason)
 

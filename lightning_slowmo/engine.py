@@ -30,9 +30,10 @@ from lightning_slowmo.algorithms.base import Algorithm, SyncReport, learning_rat
 from lightning_slowmo.averaging.finite import is_finite
 from lightning_slowmo.communication.broadcast import broadcast_state, broadcast_tensors
 from lightning_slowmo.communication.meeting import Header, Level, Meeting, Reason, meet
+from lightning_slowmo.communication.reduction import reduce_present
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
 from lightning_slowmo.consensus import Consensus
-from lightning_slowmo.consistency import require_same_setting, require_same_start
+from lightning_slowmo.consistency import check_on_nonfinite, require_same_setting, require_same_start
 
 POISON_CHECKED = (Reason.SYNC, Reason.VALIDATION, Reason.SAVE, Reason.TRAIN_END)
 """Meetings before which a worker looks whether its parameters are finite: means follow them."""
@@ -208,9 +209,16 @@ class Engine:
             self.save |= meeting.save
             self._check_poison(meeting)
             wanted = meeting.wanted
-            if wanted is None and meeting.scattered:
-                if reason is Reason.PAUSE:
+            if wanted is None and meeting.must_meet_again(reason):
+                if reason in (Reason.PAUSE, Reason.EPOCH_END):
                     return None
+                continue
+            if wanted is None and meeting.scattered:
+                return None
+            if wanted is not None and wanted.reason is Reason.REDUCE:
+                if reason is Reason.REDUCE:
+                    return None
+                reduce_present(None, "", meeting, self.everyone, self.units[0].layout.parameters[0].device)
                 continue
             if wanted is None:
                 for index, running in enumerate(self.units):
@@ -230,6 +238,15 @@ class Engine:
         self.meet(reason)
         assert self.last_meeting is not None
         return self.last_meeting
+
+    def end_epoch(self) -> Meeting:
+        """Come to the end of an epoch, and help those that still have batches.
+
+        Returns:
+            The meeting. If it is scattered, the others go on first, and this worker is to come again; if they came for
+            validation, it has to validate with them before.
+        """
+        return self._meet(Reason.EPOCH_END)
 
     def pause(self) -> bool:
         """Come between two batches, to do something that all workers must do together.
@@ -367,12 +384,6 @@ class Engine:
         for running, saved in zip(self.units, state["units"], strict=True):
             running.load_local_state(saved)
         self._consensus.load_local_state(self.units, state)
-
-
-def check_on_nonfinite(value: str) -> None:
-    """Raise ValueError unless ``value`` says what to do with a worker whose parameters are not finite."""
-    if value not in ("raise", "skip"):
-        raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {value!r}.")
 
 
 def _joining(engine: weakref.ref[Engine], index: int) -> Callable[..., None]:

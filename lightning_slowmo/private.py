@@ -8,6 +8,8 @@ every part of the package may use these functions.
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,48 @@ def default_store() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
+def before_collectives(act: Callable[[], None]) -> Callable[[], None]:
+    """Call a function before every collective that Python code begins on the default process group.
+
+    Whatever the code is (``torch.distributed.all_reduce``, torchmetrics, a hook of Lightning), it calls a method of
+    ``ProcessGroup``; messages between two processes (``send``, ``recv``) are left alone.
+
+    Tested with torch 2.15 (methods of the class ``torch.distributed.ProcessGroup`` are replaced, some of them private).
+    Public replacement: ``ProcessGroup.register_pre_hook``, which torch 2.15 has and does not document.
+
+    Returns:
+        A function that ends it.
+    """
+    import torch.distributed as dist
+
+    kinds = ("all", "broadcast", "reduce", "gather", "scatter", "barrier", "monitored_barrier")
+    methods = {
+        name: method
+        for name, method in vars(dist.ProcessGroup).items()
+        if name.lstrip("_").startswith(kinds) and callable(method)
+    }
+    replaced = {}
+
+    def acting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Any, *arguments: Any, **options: Any) -> Any:
+            if group is dist.group.WORLD:
+                act()
+            return method(group, *arguments, **options)
+
+        return call
+
+    for name, method in methods.items():
+        replaced[name] = acting(method)
+        setattr(dist.ProcessGroup, name, replaced[name])
+
+    def end() -> None:
+        for name, method in methods.items():
+            if vars(dist.ProcessGroup)[name] is replaced[name]:  # else somebody else has replaced it since
+                setattr(dist.ProcessGroup, name, method)
+
+    return end
+
+
 # Lightning: signals ---------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +172,41 @@ def attached_trainer(module: Any) -> Any:
     return module._trainer
 
 
+def allow_skipped_steps(trainer: Any) -> Callable[[], None]:
+    """Let ``training_step`` return None although there are several processes: then no gradients are computed.
+
+    Tested with Lightning 2.6.6 (``_AutomaticOptimization._training_step``, ``call._call_strategy_hook``). Public
+    replacement: none; Lightning asks the number of processes, where it should ask the strategy.
+
+    Returns:
+        A function that forbids it again.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    hooks = sys.modules[type(loop).__module__].call  # type: ignore[attr-defined]
+
+    def training_step(kwargs: Any) -> Any:
+        output = hooks._call_strategy_hook(trainer, "training_step", *kwargs.values())
+        trainer.strategy.post_training_step()
+        return loop.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
+
+    loop._training_step = training_step
+    return lambda: delattr(loop, "_training_step")
+
+
+def validate(trainer: Any) -> None:
+    """Run validation at the end of a training epoch, as the Trainer does after a batch.
+
+    Tested with Lightning 2.6.6 (``_TrainingEpochLoop.on_advance_end``, ``_LoggerConnector._first_loop_iter``). Public
+    replacement: none; ``Trainer.validate`` ends the fit.
+    """
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
 def skips_backward(trainer: Any) -> bool:
     """Whether the present epoch computes no gradients: the last one of ``StochasticWeightAveraging``.
 
@@ -164,6 +243,50 @@ def set_sync_batch_norm(strategy: Any, plugin: Any) -> None:
     strategy._layer_sync = plugin
 
 
+# Lightning: metrics --------------------------------------------------------------------------------------------------
+
+
+def logged_metrics(trainer: Any) -> list[dict[str, Any]]:
+    """What the present training epoch has logged, without the values: plain data, to be sent to other workers.
+
+    Tested with Lightning 2.6.6 (``_TrainingEpochLoop._results``, ``_ResultMetric``, ``_Metadata``). Public replacement:
+    none; ``Trainer.callback_metrics`` computes the values, which communicates.
+    """
+    described = []
+    for key, metric in trainer.fit_loop.epoch_loop._results.items():
+        if not metric.has_reset:
+            meta = {name: value for name, value in vars(metric.meta).items() if name not in ("reduce_fx", "_sync")}
+            sync = {name: getattr(metric.meta.sync, name) for name in ("should", "op", "rank_zero_only")}
+            fx = metric.meta.reduce_fx.__name__
+            described.append({"key": key, "tensor": metric.is_tensor, "fx": fx, "meta": meta, "sync": sync})
+    return described
+
+
+def log_nothing(trainer: Any, described: Sequence[dict[str, Any]]) -> None:
+    """Log the metrics that other workers logged, without a value: a mean of no examples, an empty metric.
+
+    Tested with Lightning 2.6.6 (``_ResultCollection``, ``_ResultMetric``, ``_Metadata``, ``_Sync``). Public
+    replacement: none; ``LightningModule.log`` needs a value.
+
+    Args:
+        trainer: whose present training epoch is meant.
+        described: what :func:`logged_metrics` returned on another worker.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    kinds = sys.modules[type(results).__module__]
+    for entry in described:
+        meta = kinds._Metadata(**entry["meta"], reduce_fx=entry["fx"])  # type: ignore[attr-defined]
+        sync = entry["sync"]
+        meta.sync = kinds._Sync(  # type: ignore[attr-defined]
+            fn=trainer.strategy.reduce, _should=sync["should"], _op=sync["op"], rank_zero_only=sync["rank_zero_only"]
+        )
+        metric = kinds._ResultMetric(meta, entry["tensor"])  # type: ignore[attr-defined]
+        if not entry["tensor"]:
+            metric.value = operator.attrgetter(meta.metric_attribute)(trainer.lightning_module)
+        metric._update_count = 1  # or it would warn that nothing was logged
+        results[entry["key"]] = metric.to(trainer.strategy.root_device)
+
+
 # Lightning: callbacks -------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +296,32 @@ def looks_at_the_clock_every_step(timer: Any) -> bool:
     Tested with Lightning 2.6.6 (``Timer._interval``). Public replacement: none.
     """
     return timer._interval == "step"
+
+
+def stop_by_own_clock(timer: Any) -> Callable[[], None]:
+    """Let a ``Timer`` that looks after every batch decide by this worker's clock, not by a broadcast of rank 0's.
+
+    Tested with Lightning 2.6.6 (``Timer._check_time_remaining``, ``Timer._duration``). Public replacement: none;
+    ``Timer.time_remaining`` is public, but the decision is not.
+
+    Returns:
+        A function that gives the timer its broadcast back.
+    """
+
+    def check(trainer: Any) -> None:
+        remaining = timer.time_remaining()
+        trainer.should_stop |= remaining is not None and remaining <= 0
+
+    timer._check_time_remaining = check
+    return lambda: delattr(timer, "_check_time_remaining")
+
+
+def forget_last_save(checkpoint: Any) -> None:
+    """Let a ``ModelCheckpoint`` save again although this worker has taken no step since it saved last.
+
+    Tested with Lightning 2.6.6 (``ModelCheckpoint._last_global_step_saved``). Public replacement: none.
+    """
+    checkpoint._last_global_step_saved = -1
 
 
 def saves_by_the_clock(checkpoint: Any) -> bool:

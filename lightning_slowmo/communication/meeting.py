@@ -38,6 +38,9 @@ class Reason(IntEnum):
     """Why a worker comes to a meeting. The first two are rounds of communication, which all workers join.
 
     PAUSE asks whether all workers are between two batches. It gives way to whatever else the others came for.
+    EPOCH_END is where a worker whose batches have run out waits for those that still have some, and helps them: it
+    takes part in their rounds, in reductions of their metrics (without a value of its own) and in their validation.
+    COLLECTIVE is any operation on the default process group that Lightning, torchmetrics or a user began directly.
     """
 
     SYNC = 0
@@ -52,6 +55,8 @@ class Reason(IntEnum):
     GATHER = 10
     PAUSE = 11
     CONSENSUS = 12
+    EPOCH_END = 13
+    COLLECTIVE = 14
 
     @property
     def is_round(self) -> bool:
@@ -59,11 +64,30 @@ class Reason(IntEnum):
         return self in (Reason.SYNC, Reason.GRADIENTS)
 
 
+_YIELDS_TO = {
+    Reason.EPOCH_END: {Reason.EPOCH_START, Reason.VALIDATION},
+    Reason.TRAIN_END: {Reason.EPOCH_START, Reason.EPOCH_END},
+}
+"""What a worker that came for the one lets the others do first; then it meets them again.
+
+At the end of training only if it was a wish to stop: the others then hear of it before their next epoch.
+"""
+
+_AT_THE_END = {Reason.EPOCH_END, Reason.VALIDATION}
+"""Where a worker may be whose batches have run out, while others still train."""
+
 ONE_RANK_ALONE = (
     " Call trainer.save_checkpoint() and enter trainer.strategy.consensus() on all ranks. To write on rank 0 alone: "
     "`with trainer.strategy.consensus(): if trainer.is_global_zero: torch.save(model.state_dict(), path)`."
 )
 """What to do instead of saving or exporting on one rank alone."""
+
+
+OUT_OF_BATCHES = (
+    " A worker at the end of its epoch has no batches left, so it cannot take part in an operation that belongs to a "
+    "step. Log with on_epoch=True, compute metrics at the end of the epoch, or give every rank equally many batches."
+)
+"""What to do when steps communicate by themselves and inputs are uneven."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +187,33 @@ class Meeting:
         return any(header.save for header in self.headers)
 
     @property
+    def reasons(self) -> set[Reason]:
+        """All that the workers came for."""
+        return {header.reason for header in self.headers}
+
+    @property
+    def leading(self) -> set[Reason]:
+        """What the workers came for, less what gives way to something that others came for."""
+        came = self.reasons
+
+        def yields(reason: Reason) -> bool:
+            return bool(_YIELDS_TO.get(reason, set()) & came) and (reason is not Reason.TRAIN_END or self.stop)
+
+        return {reason for reason in came if reason is not Reason.PAUSE and not yields(reason)} or came
+
+    @property
     def scattered(self) -> bool:
-        """Whether some wanted to pause, but others came for something else, which has to be done first."""
-        pausing = [header.reason is Reason.PAUSE for header in self.headers]
-        return any(pausing) and not all(pausing)
+        """Whether the workers came for different reasons, of which some have to wait for others."""
+        return len(self.reasons) > 1
+
+    def must_meet_again(self, reason: Reason) -> bool:
+        """Whether a worker that came for this has to come again, since others did not come for the same.
+
+        Nobody can validate before those that wait at the end of the epoch have come to validate, too; but an epoch can
+        start without those who have no batches in it.
+        """
+        together = not {Reason.PAUSE, Reason.VALIDATION} & self.reasons
+        return self.scattered and not (together and reason in self.leading)
 
     @property
     def same_rates(self) -> bool:
@@ -177,11 +224,14 @@ class Meeting:
     def wanted(self) -> Header | None:
         """The round that all workers now take part in, as its header says, or None if nobody came for one.
 
-        Of several, the first optimizer's comes first. It has all the levels that anybody came for.
+        Of several, the first optimizer's comes first. It has all the levels that anybody came for. The reduction of a
+        metric is a round if some workers have no batches left, and nothing to reduce.
         """
         wanted = [header for header in self.headers if header.reason.is_round]
         if not wanted:
-            return None
+            reductions = [header for header in self.headers if header.reason is Reason.REDUCE]
+            others = self.reasons - {Reason.REDUCE}
+            return reductions[0] if reductions and others and others <= _AT_THE_END else None
         first = min(wanted, key=lambda header: (header.optimizer_index, header.reason))
         place = (first.optimizer_index, first.reason)
         levels = [header.levels for header in wanted if (header.optimizer_index, header.reason) == place]
@@ -206,8 +256,12 @@ class Meeting:
         """Which workers have finite parameters, by rank."""
         return [not header.poisoned for header in self.peers]
 
-    def check(self, workers: Workers) -> None:
+    def check(self, workers: Workers, together: bool = False) -> None:
         """Make sure that the workers belong together.
+
+        Args:
+            workers: all processes.
+            together: whether all must have come for the same.
 
         Raises:
             SyncError: if they came for different reasons that exclude one another, or have lost count of rounds.
@@ -215,22 +269,25 @@ class Meeting:
         if len({header.rounds for header in self.headers}) > 1:
             rounds = _each(workers, [header.rounds for header in self.headers])
             raise SyncError(f"The workers have taken part in different numbers of syncs: {rounds}.")
-        reasons = [header.reason for header in self.headers]
-        if self.wanted is None and len(set(reasons) - {Reason.PAUSE}) > 1:
-            came = _each(workers, [reason.name.lower().replace("_", " ") for reason in reasons])
-            advice = ONE_RANK_ALONE if {Reason.SAVE, Reason.CONSENSUS} & set(reasons) else ""
+        if self.scattered if together else self.wanted is None and len(self.leading) > 1:
+            came = _each(workers, [header.reason.name.lower().replace("_", " ") for header in self.headers])
+            if {Reason.SAVE, Reason.CONSENSUS} & self.reasons:
+                advice = ONE_RANK_ALONE
+            else:
+                advice = OUT_OF_BATCHES if Reason.EPOCH_END in self.reasons else ""
             raise SyncError(
                 f"The workers came together for different reasons: {came}. Do they run the same script?{advice}"
             )
 
 
-def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None) -> Meeting:
+def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None, together: bool = False) -> Meeting:
     """Meet the other workers.
 
     Args:
         header: this worker's.
         workers: all processes.
         peers: of these, the workers between which parameters are exchanged; all if None.
+        together: whether all must have come for the same.
 
     Raises:
         SyncError: if somebody did not come in time, or came for something else.
@@ -238,7 +295,7 @@ def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None) -
     purpose = header.reason.name.lower().replace("_", " ")
     rows = workers.gather(header.numbers(), f"the meeting before {purpose}")
     meeting = Meeting([Header.of(row) for row in rows], peers)
-    meeting.check(workers)
+    meeting.check(workers, together)
     return meeting
 
 

@@ -45,7 +45,8 @@ class CheckpointsMixin(ConsensusMixin):
             write_main()
             return
         scaler = type(self.precision_plugin).__qualname__  # where Lightning keeps a gradient scaler's state
-        self.core.save(checkpoint, filepath, write_main, (scaler,))
+        with self._uninterrupted():
+            self.core.save(checkpoint, filepath, write_main, (scaler,))
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read Lightning's file; to go on with training, also this rank's own state."""

@@ -64,7 +64,8 @@ class ConsensusMixin(StrategyPart):
         """Restore this worker's own parameters."""
         super().on_validation_end()
         if self.core.engine is not None:
-            self.core.leave_consensus(Reason.VALIDATION)
+            with self._uninterrupted():
+                self.core.leave_consensus(Reason.VALIDATION)
 
     def _compare_steps(self) -> None:
         """See, from the last meeting's headers, whether all workers have still taken the same number of steps."""

@@ -14,13 +14,13 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
-from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
@@ -29,6 +29,7 @@ from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
+from lightning_slowmo.trainer.loops import LoopsMixin
 from lightning_slowmo.trainer.optimizers import OptimizersMixin
 from lightning_slowmo.trainer.signals import Signals
 from lightning_slowmo.trainer.warnings import warn_of_callbacks
@@ -39,7 +40,7 @@ def _of_core(name: str) -> Any:
     return property(attrgetter(f"core.{name}"), doc=f"See :class:`~lightning_slowmo.core.StrategyCore`, ``{name}``.")
 
 
-class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
+class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixin):
     """The part of :class:`~lightning_slowmo.SlowMoStrategy` that does not depend on which Lightning it serves.
 
     Args:
@@ -171,6 +172,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         store = rendezvous.for_strategy(self, self.core.sync_timeout)
         super().setup_distributed()
         del store  # the process group has its own by now
+        if dist.get_world_size() < self.world_size:
+            raise RuntimeError(
+                f"torch.distributed was initialized with {dist.get_world_size()} process(es) before, by a Trainer with "
+                f"fewer devices perhaps, but this one has {self.world_size}. Use a script for each, or a strategy that "
+                f"starts its own processes for every fit, such as '{type(self).strategy_name}_spawn'."
+            )
         self.core.make_groups(self.node_rank, self.local_rank, self.root_device, self.process_group_backend)
 
     def configure_ddp(self) -> None:
@@ -195,6 +202,13 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         self._watch_optimizers()
         self._fit.signals = Signals(trainer, self.core, self.launcher)
         self._fit.undo.append(self._fit.signals.give_back)
+        self._watch_default_group()
+        self._take_over_loops()
+        if self.core.may_skip_steps:
+            self._fit.undo.append(private.allow_skipped_steps(trainer))
+        for callback in trainer.callbacks:
+            if isinstance(callback, self.package.callbacks.Timer) and private.looks_at_the_clock_every_step(callback):
+                self._fit.undo.append(private.stop_by_own_clock(callback))
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -208,7 +222,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
         """Meet at the start of an epoch, and write the checkpoints that a signal handler asked for."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0:
-            self._meet(Reason.EPOCH_START)
+            self._start_epoch()
             self._compare_steps()
         engine = self.core.running
         if engine.must_save:
@@ -266,25 +280,21 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin):
             if agreed and isinstance(callback, AtSyncMixin):
                 callback.on_sync(self._trainer, self.lightning_module)
 
-    def _save_wanted(self) -> None:
-        assert self._fit.signals is not None
-        self._fit.signals.save_wanted()
-
     # End --------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
         """All workers end with the consensus."""
         super().on_train_end()
-        engine = self.core.running
-        with self._flags():
-            engine.finish()
-        if engine.must_save:
-            self._save_wanted()
-        self.core.training = False
+        self._finish()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leave a message for the workers that will wait for this one, and communicate no more."""
+        """Leave a message for the workers that will wait for this one, and communicate no more.
+
+        After Ctrl-C, which reaches all processes, the workers end with the consensus first.
+        """
         self._explain(exception)
+        if isinstance(exception, KeyboardInterrupt):
+            self._finish_after_interrupt()
         self.core.report_failure(exception)
         super().on_exception(exception)
 

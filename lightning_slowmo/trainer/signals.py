@@ -1,4 +1,4 @@
-"""What arrives between two meetings: a SIGTERM, and checkpoints that a signal handler asks for.
+"""What arrives between two meetings: a SIGTERM, Ctrl-C, and checkpoints that a signal handler asks for.
 
 A handler can interrupt anything: a collective, a forward pass whose values autograd needs later, another save. So it
 only sets a flag; the header of the next meeting carries the flag to all workers, and they act together between two
@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import json
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_slowmo import private
@@ -27,6 +29,7 @@ class Signals:
 
     Attributes:
         wanted: path, and whether only weights are wanted, of the checkpoints that are to be written.
+        interrupted: whether Ctrl-C came while this worker communicated, so that it has to be raised afterwards.
     """
 
     def __init__(self, trainer: Any, core: StrategyCore, launcher: Any) -> None:
@@ -34,7 +37,10 @@ class Signals:
         self.core = core
         self.launcher = launcher
         self.wanted: list[tuple[str, bool]] = []
+        self.interrupted = False
+        self._busy = 0
         self._undo = [
+            self._postpone_interrupts(),
             private.disable_sigterm_broadcast(trainer),  # the header carries the flag, once per meeting
             private.replace_sigterm_handler(trainer, self._on_sigterm),
             self._postpone_saves(),
@@ -52,6 +58,38 @@ class Signals:
         everyone = [json.loads(text) for text in self.core.everyone.gather_text(json.dumps(wanted))]
         for filepath, weights_only in next(filter(None, everyone), []):
             self.trainer.save_checkpoint(filepath, weights_only)
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Let Ctrl-C wait until this worker has communicated, since others are in the middle of the same operation."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+        if self.interrupted and not self._busy:
+            self.interrupted = False
+            raise KeyboardInterrupt
+
+    def _postpone_interrupts(self) -> Callable[[], None]:
+        """Take Python's own handler of SIGINT over; a user's is left alone."""
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return lambda: None
+
+        def handle(number: int, frame: Any) -> None:
+            if self._busy and not self.interrupted:  # the second Ctrl-C does not wait
+                self.interrupted = True
+            else:
+                signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, handle)
+
+        def give_back() -> None:
+            if signal.getsignal(signal.SIGINT) is handle:  # Lightning ignores SIGINT while it shuts down
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        return give_back
 
     def _postpone_saves(self) -> Callable[[], None]:
         """Let a checkpoint that a handler asks for wait until all workers are between two batches."""

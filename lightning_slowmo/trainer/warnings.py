@@ -20,11 +20,6 @@ def warn_of_callbacks(trainer: Any, package: ModuleType) -> None:
     """
     kinds = package.callbacks
     for callback in trainer.callbacks:
-        if isinstance(callback, kinds.Timer) and private.looks_at_the_clock_every_step(callback):
-            rank_zero_warn(
-                "max_time (or the Timer callback) broadcasts the clock after every batch, so local steps wait for rank "
-                "0. Use max_steps or max_epochs, or Timer(interval='epoch')."
-            )
         if isinstance(callback, kinds.ModelCheckpoint) and private.saves_by_the_clock(callback):
             rank_zero_warn(
                 "ModelCheckpoint(train_time_interval=...) broadcasts the clock after every batch, so local steps wait "

@@ -104,3 +104,24 @@ def test_a_text_that_is_the_beginning_of_another_differs_too(workers):
 def test_a_worker_alone_agrees_with_itself():
     require_equal(Workers(), "It", "text", "")
     assert meet(Header(Reason.TRAIN_END), Workers()).wanted is None
+
+
+def test_a_worker_that_waits_at_the_end_lets_the_others_go_first():
+    def at(*reasons, stop=False):
+        return Meeting([Header(reason, stop=stop, pending=(0,)) for reason in reasons])
+
+    epoch = at(Reason.EPOCH_END, Reason.EPOCH_START)
+    assert (epoch.must_meet_again(Reason.EPOCH_END), epoch.must_meet_again(Reason.EPOCH_START)) == (True, False)
+    # Nobody validates before the worker that waits has come to validate, too.
+    validation = at(Reason.EPOCH_END, Reason.VALIDATION)
+    assert validation.must_meet_again(Reason.EPOCH_END)
+    assert validation.must_meet_again(Reason.VALIDATION)
+    assert not at(Reason.VALIDATION, Reason.VALIDATION).must_meet_again(Reason.VALIDATION)
+    # Training that has ended by a wish to stop waits for those who hear of it late, but not for a mistake.
+    assert at(Reason.TRAIN_END, Reason.EPOCH_START, stop=True).leading == {Reason.EPOCH_START}
+    assert at(Reason.TRAIN_END, Reason.EPOCH_START).leading == {Reason.TRAIN_END, Reason.EPOCH_START}
+    # Metrics of a step are reduced with the help of those who have no step.
+    assert at(Reason.REDUCE, Reason.EPOCH_END, Reason.VALIDATION).wanted.reason is Reason.REDUCE
+    assert at(Reason.REDUCE, Reason.REDUCE).wanted is None
+    assert at(Reason.REDUCE, Reason.SAVE).wanted is None
+    assert at(Reason.REDUCE, Reason.SYNC, Reason.EPOCH_END).wanted.reason is Reason.SYNC

@@ -338,7 +338,6 @@ def listen(rank, folder):
 
 
 CURES = {
-    "max_time": "Use max_steps or max_epochs, or Timer(interval='epoch')",
     "train_time_interval": "Use every_n_train_steps, a multiple of sync_every",
     "EMA": "Use lightning_slowmo.callbacks.EMAAtSync",
     "each step": "Use self.log(..., on_step=False, on_epoch=True, sync_dist=True)",
