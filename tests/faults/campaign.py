@@ -304,11 +304,12 @@ def promise(scenario: Scenario, outcomes: list[Outcome]) -> list[str]:
     if scenario.fault == "full disk":
         return all_ended_with(everybody, "", "No space left on device")
     if scenario.fault == "NaN":
-        named = re.compile(rf"The parameters of .*\b{victim}\b.* are NaN or infinite")
-        unnamed = [rank for rank, outcome in everybody.items() if not named.search(outcome.error)]
+        said = rf"(The parameters of .*\b{victim}\b.* are|on .*\b{victim}\b.*, gradients are) NaN or infinite"
+        unnamed = [rank for rank, outcome in everybody.items() if not re.search(said, outcome.error)]
         return all_ended_with(everybody, "SyncError", "") + [f"{victim} is not named to rank {r}" for r in unnamed]
     if scenario.fault == "NaN, skipped" and scenario.algorithm in SHARE_GRADIENTS:
-        return all_ended_with(everybody, "SyncError", "No worker is left to recover from")
+        left, gradients = "No worker is left to recover from", f"on {victim}, gradients are NaN or infinite"
+        return all_ended_with(everybody, "SyncError", left, gradients)
     if scenario.fault == "SIGTERM":
         return all_ended_with(everybody, "SIGTERMException", "")
     return all_ended_equal(outcomes)
