@@ -304,7 +304,10 @@ class TorchTransport:
                     raise RuntimeError("Another worker has failed.")
             time.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
-        reason = work.exception()
+        try:
+            reason = work.exception()
+        except TypeError:  # torch before 2.12 cannot say; a worker that is gone is missed at the next header
+            reason = None
         if reason is not None:
             raise RuntimeError(f"NCCL failed. {reason}")
 
