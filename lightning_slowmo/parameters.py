@@ -48,7 +48,7 @@ class BucketSizes:
 
 DEFAULT_SIZES = BucketSizes()
 
-GPU_SIZES = BucketSizes(bucket_bytes=128 * 2**20, in_place_bytes=2**62, in_flight=2)
+GPU_SIZES = BucketSizes(bucket_bytes=256 * 2**20, in_place_bytes=2**62, in_flight=2)
 """For parameters on GPUs. A bucket costs its launches, some 0.1 ms of the host, in which a GPU moves 100 MiB. Nothing
 is sent in place: packing costs a copy, a small part of what a message takes on any link, and leaves the parameters as
 they are until the sum is there, so that one pass takes the drift and writes the new values."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
-from lightning_slowmo.algorithms.optimizer_state import Entry, Role, nested, roles, states, tensors
+from lightning_slowmo.algorithms.optimizer_state import Entry, Role, holders_of_state, nested, roles, states, tensors
 from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication.workers import SyncError, Workers
 
@@ -111,11 +111,14 @@ class _State(NamedTuple):
 
 
 def _states(optimizer: Optimizer, but: Collection[int]) -> Iterator[_State]:
-    known, holders = roles(optimizer), nested(optimizer)
+    holders = holders_of_state(optimizer)
+    if not holders:
+        return
+    known, all_holders = roles(optimizer), nested(optimizer)
     by_place: dict[tuple[int, int], dict[str, Entry]] = {}  # of each kind of parameter, made once
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            if id(parameter) in but:
+            if but and id(parameter) in but:
                 continue
             for place, values in states(holders, parameter):
                 found = known.of(index, parameter)
@@ -124,7 +127,7 @@ def _states(optimizer: Optimizer, but: Collection[int]) -> Iterator[_State]:
                     if (id(found), place) not in by_place:
                         by_place[id(found), place] = {name: e for (at, name), e in found.items() if at == place}
                     entries = by_place[id(found), place]
-                yield _State(holders[place], group, parameter, values, entries, known.rebuilds)
+                yield _State(all_holders[place], group, parameter, values, entries, known.rebuilds)
 
 
 def average(optimizer: Optimizer, workers: Workers, but: Collection[int] = ()) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.optimizer_state import Key, nested, roles, states
+from lightning_slowmo.algorithms.optimizer_state import Key, holders_of_state, roles, states
 from lightning_slowmo.averaging.mean import average_tensors
 from lightning_slowmo.communication.workers import Workers
 
@@ -89,7 +89,7 @@ class Iterates:
 
         An optimizer that has not stepped a parameter yet begins with a copy of it: an offset of zero.
         """
-        pairs, holders = [], nested(self.optimizer)
+        pairs, holders = [], holders_of_state(self.optimizer)
         for parameter, (place, name), dtype in self._expected():
             state = dict(states(holders, parameter)).get(place, {})
             present = name in state

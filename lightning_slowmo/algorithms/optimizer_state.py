@@ -111,18 +111,25 @@ def nested(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
-def states(holders: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
+def holders_of_state(optimizer: Optimizer) -> list[tuple[int, Optimizer]]:
+    """Those of :func:`nested` that hold state of their own, with their places there."""
+    distinct: dict[int, tuple[int, Optimizer]] = {}
+    for place, holder in enumerate(nested(optimizer)):
+        if holder.state:
+            distinct.setdefault(id(holder.state), (place, holder))
+    return list(distinct.values())
+
+
+def states(holders: Sequence[tuple[int, Optimizer]], parameter: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
     """The states of a parameter, with the place of the optimizer that holds them.
 
     Args:
-        holders: an optimizer and those that it holds, see :func:`nested`.
-        parameter: one of theirs.
+        holders: what :func:`holders_of_state` found.
+        parameter: one of the optimizer's.
     """
-    seen: set[int] = set()
-    for place, holder in enumerate(holders):
-        if id(holder.state) not in seen and isinstance(state := holder.state.get(parameter), dict) and state:
+    for place, holder in holders:
+        if isinstance(state := holder.state.get(parameter), dict) and state:
             yield place, state
-        seen.add(id(holder.state))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -277,7 +284,7 @@ class _Trial:
 
     def state(self, place: int) -> dict[Key, Any]:
         """The entries of one parameter."""
-        found = states(nested(self.optimizer), self.parameters[place])
+        found = states(holders_of_state(self.optimizer), self.parameters[place])
         return {(holder, name): value for holder, state in found for name, value in state.items()}
 
 

@@ -13,7 +13,7 @@ from lightning_slowmo import Engine, LocalSGD, SlowMo, Workers
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import learning_rates
 from lightning_slowmo.algorithms.iterates import Iterates
-from lightning_slowmo.algorithms.optimizer_state import nested, roles, states, tensors
+from lightning_slowmo.algorithms.optimizer_state import holders_of_state, roles, states, tensors
 from tests.algorithms.optimizers import (
     ALL,
     MATRICES_ONLY,
@@ -66,7 +66,7 @@ class Run:
         return {
             (index, place, name, number): tensor.clone()
             for index, parameter in enumerate(self.parameters)
-            for place, state in states(nested(self.optimizer), parameter)
+            for place, state in states(holders_of_state(self.optimizer), parameter)
             for name, value in state.items()
             if known.of(0, parameter)[place, name].role in wanted
             for number, tensor in enumerate(tensors(value))
