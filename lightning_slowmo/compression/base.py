@@ -113,11 +113,11 @@ class Compressor(ABC):
             ValueError: if an argument does not fit, or if ``flat`` is not finite.
         """
         check = FiniteCheck()
-        payload = self._compress(flat.detach(), _checked_segments(flat, segments), generator, check)
+        payload = self.encode(flat.detach(), _checked_segments(flat, segments), generator, check)
         check.close()
         return payload
 
-    def _compress(
+    def encode(
         self, flat: Tensor, segments: tuple[int, ...], generator: torch.Generator | None, check: FiniteCheck
     ) -> Tensor:
         """As :meth:`compress`, with a check that the caller closes."""

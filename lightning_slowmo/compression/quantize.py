@@ -189,7 +189,7 @@ class QSGD(Compressor):
 
     def variance(self, length: int) -> float:
         """Bound on ``E|x - Q(x)|^2 / |x|^2`` for the unbiased quantizer and a tensor of ``length`` elements."""
-        width, levels = min(length, self._bucket), self._levels
+        width, levels = min(length, self.bucket_length), self._levels
         return min(width / levels**2, sqrt(width) / levels)
 
     def contraction(self, length: int) -> float | None:
@@ -200,7 +200,7 @@ class QSGD(Compressor):
     def layout(self, segments: Sequence[int], dtype: torch.dtype) -> Layout:
         """One norm a bucket, then the packed levels of all tensors."""
         return [
-            (compute_dtype(dtype), bucket_count(segments, self._bucket)),
+            (compute_dtype(dtype), bucket_count(segments, self.bucket_length)),
             (torch.uint8, packed_bytes(sum(segments), self._code_bits)),
         ]
 
@@ -213,7 +213,8 @@ class QSGD(Compressor):
         return (2 * self._levels).bit_length()
 
     @property
-    def _bucket(self) -> int:
+    def bucket_length(self) -> int:
+        """Elements that share a norm."""
         return self.bucket or min(max(1 << (self._levels**2 - 1).bit_length(), 64), 4096)
 
     def _encode(
@@ -234,13 +235,13 @@ class QSGD(Compressor):
 
             # A code has up to 16 bits, whose pattern counts and not their sign.
             codes = torch.empty(flat.numel(), dtype=torch.uint8 if self._code_bits <= 8 else torch.int16, device=device)
-            quantize(flat, segments, self._bucket, levels, norms, codes, self.norm, key)
+            quantize(flat, segments, self.bucket_length, levels, norms, codes, self.norm, key)
             check.require(norms, self)
             pack(codes, self._code_bits, packed)
             return
         codes = torch.empty(flat.numel(), dtype=torch.int8 if self._code_bits <= 8 else torch.int32, device=device)
-        block = _Blocks(flat, norms.dtype, segments, self._bucket)
-        random = QuantizerNoise(key, self._bucket, norms.numel(), max(panel.rows for panel in block.panels))
+        block = _Blocks(flat, norms.dtype, segments, self.bucket_length)
+        random = QuantizerNoise(key, self.bucket_length, norms.numel(), max(panel.rows for panel in block.panels))
         for panel, values in block:
             buckets, elements = slice(panel.bucket, panel.bucket + panel.rows), slice(panel.start, panel.stop)
             if self.norm == "l2":
@@ -264,17 +265,17 @@ class QSGD(Compressor):
             from lightning_slowmo.compression.kernels.quantize import dequantize
 
             steps = _contracted_steps(self, segments, out.dtype, out.device) if self.contractive else None
-            dequantize(packed, norms, segments, self._bucket, self._levels, out, self._code_bits, steps)
+            dequantize(packed, norms, segments, self.bucket_length, self._levels, out, self._code_bits, steps)
             return
         codes = unpack(packed, out.numel(), self._code_bits)
         codes = (codes.view(torch.int8) if codes.dtype == torch.uint8 else codes).sub_(self._levels)
-        for panel in panels(segments, self._bucket, block_length(out.device)):
+        for panel in panels(segments, self.bucket_length, block_length(out.device)):
             values = out[panel.start : panel.stop].view(panel.rows, panel.width)
             values.copy_(codes[panel.start : panel.stop].view_as(values))
-            step = self._step(panel.width)
+            step = self.divisor(panel.width)
             values.mul_(norms[panel.bucket : panel.bucket + panel.rows, None] / step)
 
-    def _step(self, width: int) -> float:
+    def divisor(self, width: int) -> float:
         """What the norm of a bucket of ``width`` elements is divided by to get the distance of its levels."""
         return self._levels * (1 + self.variance(width)) if self.contractive else self._levels
 
@@ -307,6 +308,6 @@ def _inverse(scale: Tensor, steps: int) -> Tensor:
 @lru_cache(maxsize=64)
 def _contracted_steps(qsgd: QSGD, segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The step of each bucket, which depends on its length."""
-    cuts = panels(segments, qsgd._bucket, block_length(device))
-    steps = torch.tensor([qsgd._step(panel.width) for panel in cuts], dtype=torch.float64)
+    cuts = panels(segments, qsgd.bucket_length, block_length(device))
+    steps = torch.tensor([qsgd.divisor(panel.width) for panel in cuts], dtype=torch.float64)
     return steps.repeat_interleave(torch.tensor([panel.rows for panel in cuts])).to(device, dtype)

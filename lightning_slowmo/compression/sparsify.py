@@ -132,7 +132,7 @@ class TopK(_Sparsifier):
             parts = zip(flat.split(segments), counts, begins, strict=False)
             indices = torch.cat([top_indices(part, count).add_(begin) for part, count, begin in parts])
         payload, places = fields
-        payload.copy_(self.values._compress(flat.index_select(0, indices), counts, generator, check))
+        payload.copy_(self.values.encode(flat.index_select(0, indices), counts, generator, check))
         encode_indices(indices, flat.numel(), places)
 
     def _kept_elements(
@@ -227,7 +227,7 @@ class RandomK(_Sparsifier):
         seed, payload = fields
         seed.copy_(draw_key(generator, flat.device))
         values = flat.index_select(0, self._indices(seed, segments))
-        payload.copy_(self.values._compress(values, self._counts(segments), generator, check))
+        payload.copy_(self.values.encode(values, self._counts(segments), generator, check))
 
     def _kept_elements(
         self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
