@@ -12,7 +12,7 @@ from lightning_slowmo.algorithms.consensus_step import largest_consensus_step
 from lightning_slowmo.compression import QSGD, Identity, RandomK, Sign, SignTopK, TopK, seeded_generator
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CONSTANT, PLAIN, Problem, Training
-from tests.on_workers import on_threads
+from tests.on_workers import on_workers
 
 LENGTH = 200
 GRAPHS = [("ring", 2), ("ring", 7), ("complete", 8), ("star", 4)]
@@ -125,7 +125,7 @@ def trained(workers, squarm, problem=DRIFTING):
     return early, distance(workers, training), [str(warning.message) for warning in caught]
 
 
-@on_threads(1, 2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
+@on_workers(1, 2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
 def test_by_default_nobody_is_warned_and_all_come_together(workers, case):
     graph, mixing = ("ring", "uniform") if case == Sign("l1") else ("star", "metropolis")
     early, late, said = trained(workers, SQuARM(graph, 1, case, mixing=mixing))
@@ -133,7 +133,7 @@ def test_by_default_nobody_is_warned_and_all_come_together(workers, case):
     assert late <= 0.1 * early + 1e-12
 
 
-@on_threads(2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
+@on_workers(2, 4, each=[Identity(), Sign("l1"), TopK(0.3), QSGD(4, norm="max", bucket=512)])
 def test_a_step_in_the_region_that_diverges_is_warned_of_once_and_diverges(workers, case):
     lengths = [math.prod(shape) for shape in CONSTANT.shapes if math.prod(shape)]
     largest = largest_consensus_step("complete", case, workers.size, segments=lengths)

@@ -8,7 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightning_slowmo.compression import QSGD, Cast, CountSketch, Sign, kernels, seeded_generator
+from lightning_slowmo import triton_support
+from lightning_slowmo.compression import QSGD, Cast, CountSketch, Sign, seeded_generator
 from lightning_slowmo.compression.indices import decode_indices, encode_indices, index_bytes
 from lightning_slowmo.compression.packing import unpack
 
@@ -28,7 +29,7 @@ class H100:
 
 def main():
     driver.set_active(H100())
-    kernels._interpreting = True  # the kernels take tensors on the CPU, whose addresses nothing will use
+    triton_support._interpreting = True  # the kernels take tensors on the CPU, whose addresses nothing will use
     compiled, run = set(), triton.JITFunction.run
 
     def compile_only(self, *args, warmup, **settings):

@@ -64,10 +64,11 @@ def count_all(rank):
 def test_64_steps_of_which_every_16th_syncs_cost_4_syncs_plus_start_and_end():
     for *ours, ddp in run_trainers(2, count_all):
         for counts, at_batches, left, _ in ours:
-            # One header each for the start of the epoch, the syncs, the end of the epoch, and that of training; the
-            # model fits one bucket, so each sync and the final mean are one all-reduce. Nothing else: Lightning's
-            # broadcast of its SIGTERM flag before every batch would be 64 more.
-            assert counts == {"gather": 1 + 4 + 1 + 1, "allreduce": 4 + 1}, counts
+            # One header each for the start of the epoch, the syncs, the ends of the epoch and of training, and what
+            # the workers say of their buffers before the final mean; the model fits one bucket, so each sync and the
+            # final mean are one all-reduce. Nothing else: Lightning's broadcast of its SIGTERM flag before every batch
+            # would be 64 more.
+            assert counts == {"gather": 1 + 4 + 1 + 1 + 1, "allreduce": 4 + 1}, counts
             for step, so_far in enumerate(at_batches, start=1):
                 syncs = step // SYNC_EVERY
                 assert so_far == Counter(gather=1 + syncs, allreduce=syncs), step

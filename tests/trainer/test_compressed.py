@@ -94,7 +94,7 @@ def optimizer_of(name):
 def residual(fitting):
     """The residual of the mean, which all workers must ask for together; zeros where nothing is left out."""
     (unit,) = fitting.strategy.engine.units
-    feedback = getattr(getattr(unit, "base", unit), "feedback", None)
+    feedback = getattr(unit.averager, "feedback", getattr(unit, "feedback", None))
     return [part.tolist() for part in feedback.total()] if feedback is not None else None
 
 
