@@ -320,7 +320,7 @@ class StrategyCore:
             path,
             self.everyone,
             self.algorithm.kind,
-            self.running.shared_state(),
+            self.running.shared_state(whole=False),
             self.running.local_state(),
             tuple(per_rank),
             write_main,

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms.base import Algorithm, SyncReport, learning_rates
 from lightning_slowmo.averaging.finite import is_finite
+from lightning_slowmo.averaging.sharded import gathered
 from lightning_slowmo.communication.broadcast import broadcast_state, broadcast_tensors
 from lightning_slowmo.communication.meeting import Header, Level, Meeting, Reason, meet
 from lightning_slowmo.communication.reduction import reduce_present
@@ -358,9 +359,10 @@ class Engine:
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def shared_state(self) -> dict[str, Any]:
-        """State that is equal on all workers, of plain values and tensors."""
-        return {"algorithm": self.algorithm.kind, "units": [running.shared_state() for running in self.units]}
+    def shared_state(self, whole: bool = True) -> dict[str, Any]:
+        """State that all workers share; all must call this. ``whole=False`` leaves sharded slow state in its pieces."""
+        state = {"algorithm": self.algorithm.kind, "units": [running.shared_state() for running in self.units]}
+        return gathered(state, self.workers, self.units[0].layout.runs[0].device) if whole and self._shard else state
 
     def local_state(self) -> dict[str, Any]:
         """State of this worker alone, of plain values and tensors: also its own parameters and buffers."""
@@ -390,8 +392,7 @@ def _joining(engine: weakref.ref[Engine], index: int) -> Callable[..., None]:
     """A hook for an optimizer that lets parameters join before its step, for as long as its engine lives."""
 
     def join(*_: Any) -> None:
-        alive = engine()
-        if alive is not None:
+        if (alive := engine()) is not None:
             alive.before_step(index)
 
     return join

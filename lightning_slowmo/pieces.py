@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,3 +91,15 @@ class Pieces:
         flat = torch.empty(self.numel, dtype=self.dtype)
         self.copy_to(flat)
         return flat.as_strided(self.shape, self.stride)
+
+
+def map_leaves(replace: Callable[[Any], Any], value: Any) -> Any:
+    """A copy of nested dictionaries, lists and tuples with ``replace`` applied to everything in them."""
+    replaced = replace(value)
+    if replaced is not value:
+        return replaced
+    if type(value) is dict:
+        return {key: map_leaves(replace, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_leaves(replace, item) for item in value)
+    return value

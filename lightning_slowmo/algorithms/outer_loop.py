@@ -24,7 +24,6 @@ from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import Running, Synced
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
-from lightning_slowmo.averaging.averager import copy_state
 from lightning_slowmo.averaging.offload import Lift
 from lightning_slowmo.averaging.outer_step import OuterStep, Rule, Scalars
 from lightning_slowmo.communication.meeting import Level, Round
@@ -172,28 +171,20 @@ class RunningOuterLoop(Running):
         """Anchor, momentum and whatever else a subclass carries from one outer step to the next."""
         self._settle()
         return {
-            "anchor": self.layout.per_parameter(self.averager.whole(self.anchor)),
-            "momentum": self.layout.per_parameter(self.averager.whole(self.momentum)),
+            "anchor": self.averager.saved(self.anchor),
+            "momentum": self.averager.saved(self.momentum),
         }
 
     def load_slow_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`slow_state` returned."""
-        self._load(self.anchor, state["anchor"], "anchor")
-        self._load(self.momentum, state["momentum"], "slow momentum")
-
-    def _load(self, buffers: list[Tensor], saved: list[Tensor], what: str) -> None:
-        """Copy checkpointed tensors into buffers, or into this worker's shares."""
-        self._settle()
-        whole = self.layout.empty()
-        copy_state(self.layout.per_parameter(whole), saved, what)
-        for own, share in zip(buffers, self.averager.cut(whole), strict=True):
-            own.copy_(share)
+        self.averager.load(self.anchor, state["anchor"], "anchor")
+        self.averager.load(self.momentum, state["momentum"], "slow momentum")
 
     def shared_state(self) -> dict[str, Any]:
         """The slow state, which averaging keeps equal on all workers.
 
-        Sharded state is collected from the workers, so that any number of workers can go on from it. An outer step
-        whose average is under way is made.
+        Of sharded state these are this worker's pieces, from which any number of workers can go on together. An outer
+        step whose average is under way is made.
         """
         self.averager.drain()
         return {"base": self.base.shared_state()} | ({"slow": self.slow_state()} if self.averages else {})

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Block, Layout
+from lightning_slowmo.pieces import Pieces
 from lightning_slowmo.scratch import Scratch
 
 OnSum = Callable[[Block, Tensor, float], None]
@@ -97,9 +98,22 @@ class Averager(ABC):
         """What this worker keeps of slow state in the whole layout: all of it, or its share in new memory."""
         return buffers
 
-    def whole(self, kept: list[Tensor]) -> list[Tensor]:
-        """The whole of slow state of which each worker keeps what :meth:`cut` gave it. All workers must call this."""
-        return kept
+    def saved(self, kept: list[Tensor]) -> list[Tensor | Pieces]:
+        """Slow state as it is saved, for each parameter and in its shape: all of it, or this worker's pieces."""
+        return list(self.layout.per_parameter(kept))
+
+    def load(self, kept: list[Tensor], saved: Sequence[Tensor | Pieces], what: str) -> None:
+        """Copy saved slow state into what this worker keeps.
+
+        Args:
+            kept: what :meth:`cut` gave it.
+            saved: for each parameter, the whole or pieces of it.
+            what: its name, for messages.
+
+        Raises:
+            ValueError: if it does not fit the parameters.
+        """
+        copy_state(self.layout.per_parameter(kept), saved, what)
 
     def share_reference(self, anchor: list[Tensor]) -> None:
         """Use an outer loop's anchor as the common point that all workers know, if one is needed."""
@@ -145,15 +159,22 @@ def check_fragments(state: dict[str, Any], fragments: int) -> None:
         )
 
 
-def copy_state(targets: Sequence[Tensor], sources: Sequence[Tensor], what: str) -> None:
+def copy_state(targets: Sequence[Tensor], sources: Sequence[Tensor | Pieces], what: str) -> None:
     """Copy checkpointed tensors into place.
 
     Raises:
         ValueError: if their number, shapes or dtypes do not fit the present model.
     """
-    kinds = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in (targets, sources)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"The checkpoint's {what} does not fit the parameters of the optimizer; is it the same model?")
+    require_fit([(target.shape, target.dtype) for target in targets], sources, what)
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+            target.copy_(source.whole() if isinstance(source, Pieces) else source)
+
+
+def require_fit(
+    kinds: Sequence[tuple[Sequence[int], torch.dtype]], sources: Sequence[Tensor | Pieces], what: str
+) -> None:
+    """Raise ValueError unless checkpointed tensors have these shapes and dtypes."""
+    found = [(tuple(source.shape), source.dtype) for source in sources]
+    if found != [(tuple(shape), dtype) for shape, dtype in kinds]:
+        raise ValueError(f"The checkpoint's {what} does not fit the parameters of the optimizer; is it the same model?")

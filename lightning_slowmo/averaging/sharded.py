@@ -5,19 +5,22 @@ The traffic of an all-reduce; and no worker needs slow state of the others' shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_slowmo.averaging.averager import Averager, OnSum
+from lightning_slowmo.averaging.averager import Averager, OnSum, require_fit
 from lightning_slowmo.averaging.drift import Drift
 from lightning_slowmo.averaging.mean import average
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.pipeline import Transfer, complete
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Block, Bucket, Layout
+from lightning_slowmo.pieces import Pieces, map_leaves
+from lightning_slowmo.storage import accumulation_dtype, is_dense, local
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,90 @@ class ShardedAverager(Averager):
         """This worker's share of slow state in the whole layout, one flat tensor per run."""
         return self.shards.cut(buffers)
 
-    def whole(self, kept: list[Tensor]) -> list[Tensor]:
-        """The whole of slow state, one flat tensor per run, collected from the shares of all workers."""
-        whole = [flat.to(kept[index].device) for index, flat in enumerate(self.layout.empty())]
+    def saved(self, kept: list[Tensor]) -> list[Tensor | Pieces]:
+        """This worker's pieces of slow state, for each parameter: no worker holds the whole."""
+        held: dict[int, list[tuple[int, Tensor]]] = {}
+        for place in self._places():
+            held.setdefault(id(place.parameter), []).append((place.start, place.of(kept)))
+        return [self._pieces(parameter, held.get(id(parameter), [])) for parameter in self.layout.parameters]
+
+    def load(self, kept: list[Tensor], saved: Sequence[Tensor | Pieces], what: str) -> None:
+        """Copy into this worker's shares what belongs there."""
+        parameters = self.layout.parameters
+        wanted = [self._pieces(parameter, []) for parameter in parameters]
+        require_fit([(pieces.shape, pieces.dtype) for pieces in wanted], saved, what)
+        sources = dict(zip(map(id, parameters), zip(saved, wanted, strict=True), strict=True))
+        flat, of = None, None
+        for place in self._places():
+            source, like = sources[id(place.parameter)]
+            if isinstance(source, Pieces) and source.stride == like.stride:
+                source.copy_to(place.of(kept), place.start)
+                continue
+            if of is not place.parameter:  # in the order of the parameter's memory, made once for each
+                whole = source.whole() if isinstance(source, Pieces) else source
+                flat = torch.empty_strided(like.shape, like.stride, dtype=like.dtype).copy_(whole)
+                flat, of = flat.as_strided((like.numel,), (1,)), place.parameter
+            assert flat is not None
+            own = place.of(kept)
+            own.copy_(flat[place.start : place.start + own.numel()])
+
+    def _pieces(self, parameter: Tensor, pieces: list[tuple[int, Tensor]]) -> Pieces:
+        values = local(parameter)
+        like = values if is_dense(values) else torch.empty(values.shape, device="meta")
+        return Pieces.of(like, accumulation_dtype(values.dtype), pieces)
+
+    def _places(self) -> Iterator[Place]:
+        """Where what this worker keeps belongs in its parameters."""
         for piece in self.shards.pieces:
-            own = torch.zeros(piece.length, dtype=piece.bucket.dtype, device=piece.bucket.device)
-            own[: piece.block.stop - piece.block.start].copy_(piece.block.of(kept))
-            padded = own.new_empty(piece.length * self.workers.size)
-            complete(self.workers.gather_pieces(padded, own))
-            piece.bucket.of(whole).copy_(padded[: piece.bucket.numel])
-        return whole
+            low = self.workers.rank * piece.length
+            high = low + piece.block.stop - piece.block.start
+            offset = 0  # of the span in the bucket
+            for parameter, begin, end in piece.bucket.spans:
+                first, last = max(low, offset), min(high, offset + end - begin)
+                if first < last:
+                    at = piece.block.start + first - low
+                    yield Place(parameter, begin + first - offset, piece.bucket.run, at, at + last - first)
+                offset += end - begin
+
+
+class Place(NamedTuple):
+    """Elements of a parameter that a worker keeps slow state of.
+
+    Attributes:
+        parameter: which one.
+        start: the first element, in the order of its memory.
+        run: index of the run that the shares of this worker are in.
+        first: where they begin in the shares of that run.
+        last: one past where they end.
+    """
+
+    parameter: Tensor
+    start: int
+    run: int
+    first: int
+    last: int
+
+    def of(self, kept: Sequence[Tensor]) -> Tensor:
+        """This place's part of what the worker keeps."""
+        return kept[self.run][self.first : self.last]
+
+
+def gathered(state: Any, workers: Workers, device: torch.device) -> Any:
+    """A state with whole tensors in place of this worker's pieces; all workers must call this.
+
+    Args:
+        state: nested dictionaries and lists.
+        workers: who holds the pieces.
+        device: by which tensors travel; the pieces may be elsewhere, offloaded.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, Pieces):
+            return leaf
+        flat = torch.zeros(leaf.numel, dtype=leaf.dtype, device=device)
+        for start, piece in leaf.pieces:
+            flat[start : start + piece.numel()].copy_(piece)
+        complete(workers.sum(flat))
+        return flat.as_strided(leaf.shape, leaf.stride)
+
+    return map_leaves(gather, state)

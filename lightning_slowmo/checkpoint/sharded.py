@@ -7,12 +7,11 @@ becomes ``Pieces`` again, of all files. These are mapped to memory: only what is
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning_slowmo.checkpoint import files
 from lightning_slowmo.communication.workers import Workers
-from lightning_slowmo.pieces import Pieces
+from lightning_slowmo.pieces import Pieces, map_leaves
 
 
 class Damaged(Exception):
@@ -37,7 +36,7 @@ def separate(state: Any) -> tuple[Any, list[list[tuple[int, Any]]]]:
         taken.append(list(leaf.pieces))
         return {INDEX: len(taken) - 1, "shape": leaf.shape, "stride": leaf.stride, "dtype": leaf.dtype}
 
-    return _map(replace, state), taken
+    return map_leaves(replace, state), taken
 
 
 def join(state: Any, contents: list[dict[str, Any]]) -> Any:
@@ -57,7 +56,7 @@ def join(state: Any, contents: list[dict[str, Any]]) -> Any:
         pieces = tuple(piece for content in contents for piece in content["pieces"][leaf[INDEX]])
         return Pieces(leaf["shape"], leaf["stride"], leaf["dtype"], pieces).joined()
 
-    return _map(replace, state)
+    return map_leaves(replace, state)
 
 
 def read(folder: str, save: str, world_size: int, state: Any, workers: Workers) -> Any:
@@ -86,15 +85,3 @@ def read(folder: str, save: str, world_size: int, state: Any, workers: Workers) 
         except Exception as error:  # of many types, see files.read
             raise Damaged(f"{name}: {files.reason(error)}") from error
     return join(state, contents)
-
-
-def _map(replace: Callable[[Any], Any], value: Any) -> Any:
-    """A copy of nested dictionaries, lists and tuples with ``replace`` applied to everything in them."""
-    replaced = replace(value)
-    if replaced is not value:
-        return replaced
-    if type(value) is dict:
-        return {key: _map(replace, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map(replace, item) for item in value)
-    return value

@@ -9,6 +9,8 @@ from lightning_slowmo import BMUF, DiLoCo, Engine, LocalSGD, SlowMo, Workers
 from lightning_slowmo.algorithms import Gossip
 from lightning_slowmo.averaging.sharded import Shards
 from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.pieces import Pieces
+from lightning_slowmo.storage import flat_view
 from tests.harness import run
 
 SHAPES = [(7, 3), (), (0,), (11,), (2, 2, 2)]
@@ -79,3 +81,48 @@ def refuse(rank: int) -> None:
 
 def test_what_cannot_be_sharded_says_so_before_training() -> None:
     run(2, refuse)
+
+
+def save_pieces(rank: int) -> None:
+    for algorithm in ALGORITHMS:
+        common = torch.Generator().manual_seed(1)
+        image = torch.randn(2, 3, 4, 5, generator=common, dtype=torch.float64).to(memory_format=torch.channels_last)
+        parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
+        parameters.append(torch.nn.Parameter(image))
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        workers = Workers.from_world()
+        workers.sizes = BucketSizes(64, 40)
+        engine = Engine(algorithm, [optimizer], workers, shard_slow_state=True)
+        slow = engine.shared_state(whole=False)["units"][0]["slow"]
+        held = sum(piece.numel() for tensor in (*slow["anchor"], *slow["momentum"]) for _, piece in tensor.pieces)
+        kept = sum(flat.numel() for flat in (*engine.units[0].anchor, *engine.units[0].momentum))
+        assert held == kept  # what is saved is what is kept: nobody holds the whole
+        collected = engine.shared_state()["units"][0]["slow"]["anchor"]
+        named = dict(zip(map(id, engine.units[0].layout.parameters), collected, strict=True))
+        for parameter in (p for p in parameters if p.numel()):
+            assert torch.equal(named[id(parameter)], parameter.detach())
+            assert named[id(parameter)].stride() == parameter.stride()
+        # Whole tensors, in whatever order of memory, and pieces that lie in many files are taken in likewise.
+        doubled = [2 * tensor.contiguous() for tensor in collected]
+        averager = engine.units[0].averager
+        averager.load(engine.units[0].anchor, doubled, "anchor")
+        again = engine.shared_state()["units"][0]["slow"]["anchor"]
+        assert all(torch.equal(a, b) for a, b in zip(again, doubled, strict=True))
+        cut = [
+            Pieces.of(
+                t,
+                t.dtype,
+                [(0, 3 * flat_view(t)[: t.numel() // 2]), (t.numel() // 2, 3 * flat_view(t)[t.numel() // 2 :])],
+            )
+            for t in collected
+        ]
+        averager.load(engine.units[0].anchor, cut, "anchor")
+        again = engine.shared_state()["units"][0]["slow"]["anchor"]
+        assert all(torch.equal(a, 3 * b) for a, b in zip(again, collected, strict=True))
+        with pytest.raises(ValueError, match="anchor does not fit"):
+            averager.load(engine.units[0].anchor, doubled[1:], "anchor")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sharded_slow_state_is_saved_in_pieces_that_nobody_has_to_put_together(size: int) -> None:
+    run(size, save_pieces)
