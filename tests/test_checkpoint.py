@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_slowmo import checkpoint
-from lightning_slowmo.checkpoint import content, files, sharded
+from lightning_slowmo.checkpoint import content, files
 from lightning_slowmo.communication import Workers
-from lightning_slowmo.pieces import Pieces
+from lightning_slowmo.pieces import Pieces, map_leaves
 from tests.harness import run
 
 SEED = 20240613
@@ -97,7 +97,7 @@ def beside(path):
 
 def plain(state):
     """Sharded tensors as whole ones."""
-    return sharded._map(lambda leaf: leaf.whole() if isinstance(leaf, Pieces) else leaf, state)
+    return map_leaves(lambda leaf: leaf.whole() if isinstance(leaf, Pieces) else leaf, state)
 
 
 def everything(main, restored):
