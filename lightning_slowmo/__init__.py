@@ -29,13 +29,14 @@ from lightning_slowmo.algorithms import (
     suggest_consensus_step,
 )
 from lightning_slowmo.communication import SyncError, Workers
+from lightning_slowmo.communication.in_process import together
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
 
 if find_spec("pytorch_lightning"):
-    from lightning_slowmo.pl import SlowMoStrategy
+    from lightning_slowmo.pl import SimulatedStrategy, SlowMoStrategy
 if find_spec("lightning"):
-    from lightning_slowmo.strategy import SlowMoStrategy  # type: ignore[assignment]
+    from lightning_slowmo.strategy import SimulatedStrategy, SlowMoStrategy  # type: ignore[assignment]
 
 __all__ = [
     "BMUF",
@@ -50,6 +51,7 @@ __all__ = [
     "LocalSGD",
     "SQuARM",
     "SensedSGD",
+    "SimulatedStrategy",
     "SketchedSGD",
     "SlowMo",
     "SlowMoStrategy",
@@ -59,4 +61,5 @@ __all__ = [
     "Workers",
     "__version__",
     "suggest_consensus_step",
+    "together",
 ]

@@ -129,6 +129,10 @@ class StrategyCore:
         if self.workers_per_node is not None:
             self.node, self.workers = two_levels(self.everyone, self.workers_per_node, node_rank, local_rank)
 
+    def join(self, workers: Workers) -> None:
+        """Be one of these workers, whatever carries their messages, in place of :meth:`make_groups`."""
+        self.everyone = self.workers = workers
+
     @property
     def node_group(self) -> dist.ProcessGroup | None:
         """Process group of the processes that share every gradient with this one; None without ``workers_per_node``."""

@@ -1,13 +1,14 @@
-"""The strategy and the callback for the ``pytorch_lightning`` package."""
+"""The strategies and the callback for the ``pytorch_lightning`` package."""
 
 from typing import ClassVar
 
 import pytorch_lightning
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.trainer.mixin import SlowMoMixin
+from lightning_slowmo.trainer.simulated import SimulatedMixin
 
 
 class SlowMoStrategy(SlowMoMixin, DDPStrategy):  # type: ignore[misc]  # noqa: D101
@@ -20,4 +21,11 @@ class EMAAtSync(AtSyncMixin, EMAWeightAveraging):  # type: ignore[misc]  # noqa:
     __doc__ = AtSyncMixin.__doc__
 
 
+class SimulatedStrategy(SimulatedMixin, SingleDeviceStrategy):  # type: ignore[misc]  # noqa: D101
+    __doc__ = SimulatedMixin.__doc__
+
+    package: ClassVar = pytorch_lightning
+
+
 SlowMoStrategy.register_strategies(StrategyRegistry)
+SimulatedStrategy.register_strategies(StrategyRegistry)

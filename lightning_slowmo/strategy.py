@@ -1,11 +1,12 @@
-"""The strategy for the ``lightning`` package."""
+"""The strategies for the ``lightning`` package."""
 
 from typing import ClassVar
 
 import lightning.pytorch
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lightning_slowmo.trainer.mixin import SlowMoMixin
+from lightning_slowmo.trainer.simulated import SimulatedMixin
 
 
 class SlowMoStrategy(SlowMoMixin, DDPStrategy):  # noqa: D101
@@ -14,4 +15,11 @@ class SlowMoStrategy(SlowMoMixin, DDPStrategy):  # noqa: D101
     package: ClassVar = lightning.pytorch
 
 
+class SimulatedStrategy(SimulatedMixin, SingleDeviceStrategy):  # noqa: D101
+    __doc__ = SimulatedMixin.__doc__
+
+    package: ClassVar = lightning.pytorch
+
+
 SlowMoStrategy.register_strategies(StrategyRegistry)
+SimulatedStrategy.register_strategies(StrategyRegistry)

@@ -34,6 +34,7 @@ FLOORS = {
     "plan": 4,
     "presets": 4,
     "replace": 4,
+    "replicas": 4,
     "checkpoint": 4,
     "core": 4,
     "callbacks": 5,
@@ -45,7 +46,7 @@ FLOORS = {
 }
 """The floor of each room: a module or a folder at the top of the package."""
 
-KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private.py"]
+KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private/__init__.py"]
 """Files below Lightning's floor that know torch.distributed: the transport, and those that ask for a process group."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -169,9 +170,8 @@ def test_the_use_of_a_private_member_would_be_seen():
 
 
 def test_private_members_are_documented_with_their_version_and_replacement():
-    functions = [
-        node for node in ast.parse((PACKAGE / "private.py").read_text()).body if isinstance(node, ast.FunctionDef)
-    ]
+    trees = [ast.parse(file.read_text()) for file in FILES if room(file) == "private"]
+    functions = [node for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert functions
     for function in functions:
         text = " ".join((ast.get_docstring(function) or "").split())
@@ -179,12 +179,14 @@ def test_private_members_are_documented_with_their_version_and_replacement():
         assert "Public replacement: " in text, function.name
 
 
-def test_private_py_imports_neither_lightning_nor_processes_when_it_is_loaded():
-    tree = ast.parse((PACKAGE / "private.py").read_text())
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "private"], ids=str)
+def test_private_imports_neither_lightning_nor_processes_when_it_is_loaded(file: Path):
+    tree = ast.parse(file.read_text())
     top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     assert {name.split(".")[0] for name in imports(top)} <= {
         "__future__",
         "collections",
+        "copy",
         "operator",
         "sys",
         "typing",

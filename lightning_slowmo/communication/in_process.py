@@ -1,33 +1,33 @@
-"""Many workers in one process, each in a thread of its own: no process groups, no sockets, no imports to wait for.
+"""Many workers in one process that take turns: no process groups, no sockets, no imports to wait for.
 
 What one worker sends is handed over in memory. A collective ends when the last worker has come to it, who computes the
-result for all, in the order of ranks; so results do not depend on how threads are scheduled, and of two workers a sum
-has the same bits as gloo's.
+result for all, in the order of ranks; of two workers a sum has the same bits as gloo's. Who waits lets the others run,
+see :mod:`~lightning_slowmo.communication.turns`.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_slowmo.communication.pipeline import Transfer
+from lightning_slowmo.communication.turns import outcomes_of, wait_until
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, SyncError, Workers
 
 T = TypeVar("T")
 
 
 class InProcessTransport:
-    """One thread among others.
+    """One worker among others of this process.
 
     Args:
-        room: where the threads meet.
+        room: where they meet.
         rank: which worker this is.
     """
 
@@ -106,10 +106,10 @@ class InProcessTransport:
         """Nothing to wait for: the room stays."""
 
     def listen(self, all_the_time: bool) -> None:
-        """Nothing to do: whoever waits is woken up."""
+        """Nothing to do: whoever waits looks again before every turn."""
 
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
-        """Nothing to explain: threads communicate by this transport alone."""
+        """Nothing to explain: these workers communicate by this transport alone."""
         return None
 
     def _meet(self, contribution: Any, combine: Callable[[list], None], purpose: str) -> Transfer[None]:
@@ -121,20 +121,17 @@ class InProcessTransport:
 
 
 class Room:
-    """What the threads of one set of workers share.
+    """What one set of workers share.
 
     Args:
         names: what to call each worker in messages.
-        timeout: how long they wait for one another.
         whole: the room of all workers, if this is one of a part of them; it knows who has failed.
     """
 
-    def __init__(self, names: Sequence[str], timeout: timedelta, whole: Room | None = None) -> None:
+    def __init__(self, names: Sequence[str], whole: Room | None = None) -> None:
         self.names = list(names)
         self.size = len(self.names)
-        self.timeout = timeout
         self._whole = whole or self
-        self.changed: threading.Condition = whole.changed if whole else threading.Condition()
         self._contributions: dict[int, dict[int, Any]] = {}
         self._leaving: dict[int, int] = {}
         self._mail: dict[tuple[int, int, int], Tensor] = {}
@@ -145,17 +142,14 @@ class Room:
 
     def come(self, rank: int, occasion: int, contribution: Any, combine: Callable[[list], None]) -> None:
         """Bring something to a collective; the last who comes combines what all have brought."""
-        with self.changed:
-            brought = self._contributions.setdefault(occasion, {})
-            brought[rank] = contribution
-            if len(brought) < self.size:
-                return
+        brought = self._contributions.setdefault(occasion, {})
+        brought[rank] = contribution
+        if len(brought) < self.size:
+            return
         with torch.no_grad():
             combine([brought[other] for other in range(self.size)])
-        with self.changed:
-            del self._contributions[occasion]
-            self._leaving[occasion] = self.size
-            self.changed.notify_all()
+        del self._contributions[occasion]
+        self._leaving[occasion] = self.size
 
     def wait_for_all(self, rank: int, occasion: int, purpose: str) -> None:
         """Wait until a collective has ended."""
@@ -163,71 +157,63 @@ class Room:
         def missing() -> list[int]:
             return [other for other in range(self.size) if other not in self._contributions.get(occasion, {})]
 
-        with self.changed:
-            self._wait(rank, lambda: occasion in self._leaving, missing, purpose)
-            self._leaving[occasion] -= 1
-            if not self._leaving[occasion]:
-                del self._leaving[occasion]
+        self._wait(rank, lambda: occasion in self._leaving, missing, purpose)
+        self._leaving[occasion] -= 1
+        if not self._leaving[occasion]:
+            del self._leaving[occasion]
 
     def post(self, sender: int, receiver: int, message: Tensor) -> None:
         """Leave a message for a worker."""
-        with self.changed:
-            self._mail[sender, receiver, self._posted[sender, receiver]] = message
-            self._posted[sender, receiver] += 1
-            self.changed.notify_all()
+        self._mail[sender, receiver, self._posted[sender, receiver]] = message
+        self._posted[sender, receiver] += 1
 
     def expect(self, sender: int, receiver: int) -> int:
         """The number of the next message between two workers that nobody expects yet."""
-        with self.changed:
-            number = self._expected[sender, receiver]
-            self._expected[sender, receiver] += 1
-            return number
+        number = self._expected[sender, receiver]
+        self._expected[sender, receiver] += 1
+        return number
 
     def fetch(self, sender: int, receiver: int, number: int, purpose: str) -> Tensor:
         """Wait for a message from a worker."""
-        with self.changed:
-            self._wait(receiver, lambda: (sender, receiver, number) in self._mail, lambda: [sender], purpose)
-            return self._mail.pop((sender, receiver, number))
+        self._wait(receiver, lambda: (sender, receiver, number) in self._mail, lambda: [sender], purpose)
+        return self._mail.pop((sender, receiver, number))
 
     def fail(self, rank: int, reason: str) -> None:
         """Note that a worker comes to nothing any more, in this room or one that is a part of the same whole."""
-        with self.changed:
-            self.failures[self.names[rank]] = reason
-            self.changed.notify_all()
+        self.failures[self.names[rank]] = reason
 
     def beside(self, occasion: int, index: int, names: Sequence[str]) -> Room:
         """The room of one part of these workers, the same for all who ask on the same occasion."""
-        with self.changed:
-            return self._rooms.setdefault((occasion, index), Room(names, self.timeout, self._whole))
+        return self._rooms.setdefault((occasion, index), Room(names, self._whole))
 
     def _wait(self, rank: int, ready: Callable[[], bool], missing: Callable[[], list[int]], purpose: str) -> None:
-        deadline = time.monotonic() + self.timeout.total_seconds()
-        while not ready():
-            failed = [name for name in map(self.names.__getitem__, missing()) if name in self.failures]
-            message = f"{self.names[rank]} could not meet the other workers for {purpose}."
-            if failed:
-                reasons = [f"{name} failed: {self.failures[name]}" for name in failed]
-                raise SyncError(f"{message} {' '.join(reasons)}")
-            left = deadline - time.monotonic()
-            if left <= 0:
-                absent = ", ".join(self.names[other] for other in missing())
-                raise SyncError(f"{message} Did not come (within {self.timeout}): {absent}.")
-            self.changed.wait(left)
+        def failed() -> list[str]:
+            return [name for name in map(self.names.__getitem__, missing()) if name in self.failures]
+
+        came = wait_until(lambda: ready() or bool(failed()))
+        if ready():
+            return
+        message = f"{self.names[rank]} could not meet the other workers for {purpose}."
+        if came:
+            reasons = [f"{name} failed: {self.failures[name]}" for name in failed()]
+            raise SyncError(f"{message} {' '.join(reasons)}")
+        absent = ", ".join(self.names[other] for other in missing())
+        raise SyncError(f"{message} Did not come, and never will, since all workers wait or have ended: {absent}.")
 
 
 def in_process(size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> list[Workers]:
-    """Workers that meet in this process, by rank; each is to be used by one thread, see :func:`together`.
+    """Workers that meet in this process, by rank; let them take turns with :func:`together`.
 
     Args:
         size: how many.
-        timeout: how long they wait for one another.
+        timeout: what :attr:`Workers.timeout` says. There is nothing to wait for: if nobody can go on, that is known.
     """
-    room = Room([f"rank {rank}" for rank in range(size)], timeout)
+    room = Room([f"rank {rank}" for rank in range(size)])
     return [Workers(InProcessTransport(room, rank), timeout) for rank in range(size)]
 
 
 def together(workers: Sequence[Workers], function: Callable[[Workers], T]) -> list[T]:
-    """Call a function for every worker at once, in threads.
+    """Call a function for every worker, in turns: each runs until it waits for the others.
 
     Args:
         workers: what :func:`in_process` made.
@@ -243,24 +229,11 @@ def together(workers: Sequence[Workers], function: Callable[[Workers], T]) -> li
         >>> together(in_process(3), lambda workers: workers.gather([workers.rank]))[0]
         [[0.0], [1.0], [2.0]]
     """
-    results: list[Any] = [None] * len(workers)
-    errors: list[BaseException] = []
 
-    def call(index: int) -> None:
-        try:
-            results[index] = function(workers[index])
-        except BaseException as error:  # whatever it is, the others must not wait, and it is raised again below
-            errors.append(error)
-            workers[index].report_failure(f"{type(error).__name__}: {error}")
+    def tell(index: int, error: BaseException) -> None:
+        workers[index].report_failure(f"{type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=call, args=(index,), daemon=True) for index in range(len(workers))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    return outcomes_of([partial(function, each) for each in workers], tell)
 
 
 def _sum_for_all(tensors: list[Tensor]) -> None:

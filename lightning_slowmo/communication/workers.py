@@ -1,8 +1,8 @@
 """The workers: who takes part, what they can do together, and how many bytes that took.
 
 A *worker* is one replica of the model. Algorithms know the others through :class:`Workers` alone, whatever carries the
-messages: process groups of ``torch.distributed``, threads of one process, or nothing for a worker that is alone. Every
-wait has a limit, and when it passes the error names whom it waited for.
+messages: process groups of ``torch.distributed``, the memory of one process in which workers take turns, or nothing for
+a worker that is alone. Every wait has a limit, and when it passes the error names whom it waited for.
 """
 
 from __future__ import annotations
@@ -120,6 +120,28 @@ class Workers:
         workers.sizes = sizes if everywhere else DEFAULT_SIZES
         workers.traffic = Traffic()
         return workers
+
+    @classmethod
+    def simulated(cls, size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> list[Workers]:
+        """Workers of this process alone, by rank, which take turns; no processes, no start-up.
+
+        Args:
+            size: how many.
+            timeout: as for :meth:`from_world`; whoever waits in vain is told at once.
+
+        Example::
+
+            def train(workers):  # what a process would do
+                model = make_model()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                engine = Engine(SlowMo(), [optimizer], workers, module=model)
+                for batch in batches_of(workers.rank): ...
+
+            together(Workers.simulated(32), train)
+        """
+        from lightning_slowmo.communication.in_process import in_process
+
+        return in_process(size, timeout)
 
     @property
     def alone(self) -> bool:

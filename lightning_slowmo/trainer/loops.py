@@ -30,7 +30,7 @@ class LoopsMixin(StrategyPart):
             (fit.epoch_loop, self._run_epoch),
             (fit.epoch_loop.val_loop, self._run_validation),
         ):
-            self._fit.undo.append(_wrap_run(loop, wrapper))
+            self._fit.undo.append(wrap_method(loop, "run", wrapper))
 
     # All epochs -------------------------------------------------------------------------------------------------------
 
@@ -154,12 +154,12 @@ class LoopsMixin(StrategyPart):
         return run()
 
 
-def _wrap_run(loop: Any, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``loop.run(...)`` call ``wrapper(run, ...)``.
+def wrap_method(loop: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``loop.name(...)`` call ``wrapper(method, ...)``.
 
     Returns:
         A function that restores the loop.
     """
-    run = loop.run
-    loop.run = lambda *arguments: wrapper(run, *arguments)
-    return lambda: delattr(loop, "run")
+    method = getattr(loop, name)
+    setattr(loop, name, lambda *arguments: wrapper(method, *arguments))
+    return lambda: delattr(loop, name)

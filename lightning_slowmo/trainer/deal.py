@@ -1,0 +1,58 @@
+"""One loader for many workers: of the next batches, each worker gets one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+
+class Deal:
+    """A loader that yields the first worker's batches, and keeps those of the others until they are asked for.
+
+    Of the next ``workers`` batches of the loader, worker i gets the i-th. What is left at the end is dropped.
+
+    Args:
+        loader: what the user's data module made; all else is asked of it.
+        workers: number of workers.
+
+    Example:
+        >>> deal = Deal([1, 2, 3, 4, 5], workers=2)
+        >>> len(deal), [(first, deal.others()) for first in deal]
+        (2, [(1, [2]), (3, [4])])
+    """
+
+    def __init__(self, loader: Any, workers: int) -> None:
+        self._loader = loader
+        self._workers = workers
+        self._others: deque[list[Any]] = deque()  # several, where the Trainer fetches ahead
+
+    def __iter__(self) -> Iterator[Any]:
+        self._others.clear()
+        batches = iter(self._loader)
+        while len(dealt := list(islice(batches, self._workers))) == self._workers:
+            first, *others = dealt
+            self._others.append(others)
+            yield first
+
+    def __len__(self) -> int:
+        return len(self._loader) // self._workers
+
+    def others(self) -> list[Any]:
+        """The batches of the other workers, by rank, that go with the first one's next."""
+        return self._others.popleft()
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """The loader's, which Lightning may set."""
+        return self._loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Any) -> None:
+        self._loader.worker_init_fn = function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._loader, name)
