@@ -7,7 +7,10 @@ from typing import Any
 
 import lightning as L
 
-from lightning_slowmo import SlowMoStrategy
+from lightning_slowmo import SimulatedStrategy, SlowMoStrategy
+
+OURS = (SlowMoStrategy, SimulatedStrategy)
+"""Strategies that know their workers, and count what these send."""
 
 
 class Progress(L.Callback):
@@ -54,7 +57,7 @@ class Progress(L.Callback):
         The strategies of this package count them. Of DDP it is what a ring all-reduce of each step's gradients sends.
         """
         strategy: Any = trainer.strategy
-        if isinstance(strategy, SlowMoStrategy):
+        if isinstance(strategy, OURS):
             return self._earlier_megabytes + strategy.report.bytes_sent / 1e6
         workers, steps = trainer.world_size, trainer.global_step - self._first_step
         gradients = sum(p.numel() * p.element_size() for p in trainer.lightning_module.parameters() if p.requires_grad)

@@ -16,8 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_slowmo
-from lightning_slowmo import SlowMoStrategy
-from recipes.callbacks import Progress
+from recipes.callbacks import OURS, Progress
 from recipes.record import Record
 
 
@@ -107,7 +106,7 @@ def measure(trainer: L.Trainer) -> dict[str, Any]:
     return {
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
-        "workers": strategy.workers.size if isinstance(strategy, SlowMoStrategy) else trainer.world_size,
+        "workers": strategy.workers.size if isinstance(strategy, OURS) else trainer.world_size,
         "seconds": round(progress.seconds, 3),
         "ms_per_step": round(1000 * progress.seconds / max(1, trainer.global_step), 3),
         "mb_sent": round(float(sent), 6),

@@ -29,6 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from recipes import config as configuration
 from recipes import job
 from recipes.record import Record
+from recipes.simulated import simulated
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -42,8 +43,8 @@ def main(config: DictConfig) -> float | None:
         ValueError: if the configuration does not fit what it configures.
         FileNotFoundError: if data is missing.
     """
+    config = DictConfig(OmegaConf.to_container(simulated(config), resolve=True))
     configuration.check(config)
-    config = DictConfig(OmegaConf.to_container(config, resolve=True))
     if started_outside():
         record = job.run(config)
         return record.value if record is not None else None

@@ -89,7 +89,7 @@ class InMemoryImages(L.LightningDataModule):
             shuffle=split == "train",
             seed=self.seed,
         )
-        return DataLoader(data, batch_size=None, sampler=batches)
+        return DataLoader(data, batch_size=None, sampler=batches, pin_memory=torch.cuda.is_available())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment in training, and normalize, where the model is."""

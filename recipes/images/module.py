@@ -26,6 +26,7 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: share of the target that is spread over all classes.
         decay_norms: whether weight decay also applies to biases and the parameters of norms.
         channels_last: whether the network's memory format is channels last, which some hardware likes.
+        compile: mode of ``torch.compile`` for the network, such as ``"reduce-overhead"``; None does not compile it.
     """
 
     def __init__(
@@ -36,9 +37,12 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
         decay_norms: bool = True,
         channels_last: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last) if channels_last else network
+        if compile is not None:
+            self.network.compile(mode=compile)
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)

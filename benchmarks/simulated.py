@@ -1,0 +1,117 @@
+"""What simulated workers cost beside one worker's own steps, and the images per second that come of it.
+
+    python -m benchmarks.simulated                                      # this machine's GPU if it has one, else its CPU
+    python -m benchmarks.simulated --workers 4 --batch 16 --steps 3     # minutes on a CPU
+
+Trains the ResNet-18 of the recipes on random images of CIFAR-10's size through the Trainer, once with one worker under
+Lightning's single device strategy and once with simulated ones, in turns, and compares the time of a worker's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from functools import partial
+from statistics import median
+
+import lightning as L
+import torch
+
+from lightning_slowmo import PRESETS, SimulatedStrategy
+from recipes.images import ImageClassifier
+from recipes.images.data import InMemoryImages
+from recipes.images.networks import cifar_resnet18
+from recipes.schedules import constant
+
+
+class RandomImages(InMemoryImages):
+    """Noise of the shape of CIFAR-10."""
+
+    def __init__(self, batch_size, examples):
+        super().__init__(batch_size, crop=4, flip=True)
+        self.examples = examples
+
+    def read(self):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (self.examples, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (self.examples,), generator=generator)
+        return {"train_images": images, "train_labels": labels, "test_images": images[:10], "test_labels": labels[:10]}
+
+
+class Clock(L.Callback):
+    """Notes when steps end, from the end of the warm-up on."""
+
+    def __init__(self, warmup):
+        self.warmup, self.times = warmup, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step in (self.warmup, trainer.max_steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+
+def seconds_per_worker_step(strategy, workers, batch, steps, warmup, compile, precision):
+    """Train, and divide the time after the warm-up by steps and workers."""
+    L.seed_everything(1, verbose=False)
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    model = ImageClassifier(cifar_resnet18(), sgd, constant, channels_last=True, compile=compile)
+    clock = Clock(warmup)
+    trainer = L.Trainer(
+        strategy=strategy,
+        devices=1,
+        accelerator="auto",
+        precision=precision,
+        max_steps=warmup + steps,
+        limit_val_batches=0,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        benchmark=True,
+    )
+    trainer.fit(model, datamodule=RandomImages(batch, batch * workers * 2))
+    start, end = clock.times
+    return (end - start) / (steps * workers)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=24, help="of all workers, after the warm-up")
+    parser.add_argument("--algorithms", default="slowmo", help="presets, with commas between them")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--compile", help="a mode of torch.compile for the network; on a GPU reduce-overhead")
+    arguments = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    gpu = torch.cuda.is_available()
+    compile = arguments.compile or ("reduce-overhead" if gpu else None)
+    precision = "bf16-mixed" if gpu else "32-true"
+    print(torch.cuda.get_device_name() if gpu else "CPU", f"torch {torch.__version__} {precision} compile={compile}")
+    measure = partial(seconds_per_worker_step, batch=arguments.batch, compile=compile, precision=precision)
+    steps, workers = arguments.steps, arguments.workers
+    alone: list[float] = []
+    simulated: dict[str, list[float]] = {name: [] for name in arguments.algorithms.split(",")}
+    for _ in range(arguments.repeats):
+        alone.append(measure("auto", 1, steps=steps * workers, warmup=24 if gpu else 2))
+        for name, times in simulated.items():
+            strategy = SimulatedStrategy(PRESETS[name], workers)
+            times.append(measure(strategy, workers, steps=steps, warmup=2 if gpu else 1))
+    print(
+        f"{'one worker':24} {1000 * median(alone):8.3f} ms a step   {arguments.batch / median(alone):10,.0f} images/s"
+    )
+    for name, times in simulated.items():
+        ratio = median(each / one for each, one in zip(times, alone, strict=True))
+        rate = arguments.batch / median(times)
+        label = f"{workers} x {name}"
+        print(f"{label:24} {1000 * median(times):8.3f} ms a step   {rate:10,.0f} images/s   {ratio:.3f} x one worker's")
+
+
+if __name__ == "__main__":
+    main()
