@@ -50,8 +50,9 @@ def run(config: DictConfig) -> Record | None:
     trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
     measured = measure(trainer)
     metrics = dict(trainer.callback_metrics)
-    trainer.test(model, datamodule=data, verbose=False)
-    metrics |= trainer.callback_metrics
+    if not config.metric.startswith("val/"):  # else something is being chosen, which the test data must not be asked
+        trainer.test(model, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # or the next run of this process would be logged as more of this one

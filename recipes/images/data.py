@@ -16,11 +16,14 @@ from recipes.images import files
 from recipes.images.batches import Batch, Batches, RandomCrop, RandomFlip, TensorBatches
 from recipes.images.files import Images
 
+FIELDS = ("images", "labels")
+
 
 class InMemoryImages(L.LightningDataModule):
     """Small images in memory, one byte tensor that the workers of a machine share.
 
-    The test images also serve as validation images, as in the papers; nothing is chosen by them.
+    The test images also serve as validation images, as in the papers, unless some are held out; nothing is chosen by
+    them.
 
     Args:
         batch_size: images of one worker in a step.
@@ -30,6 +33,8 @@ class InMemoryImages(L.LightningDataModule):
         mean: of each channel, in [0, 1].
         std: of each channel.
         seed: of shuffles and augmentation.
+        held_out: training images, drawn once for all seeds, that are not trained on but validated: for choosing by.
+            Then the test images are tested alone. 0: all are trained on, and the test images are validated.
     """
 
     def __init__(
@@ -41,10 +46,11 @@ class InMemoryImages(L.LightningDataModule):
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
         seed: int = 0,
+        held_out: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
-        self.crop, self.flip, self.seed = crop, flip, seed
+        self.crop, self.flip, self.seed, self.held_out = crop, flip, seed, held_out
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
         self.images: Images | None = None
 
@@ -59,19 +65,31 @@ class InMemoryImages(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the images, and make this worker's augmentation."""
         assert self.trainer is not None
-        self.images = self.images or self.read()
+        self.images = self.images or self._split(self.read())
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_rank)
         steps: list[nn.Module] = [RandomCrop(self.crop, generator)] if self.crop else []
         steps += [RandomFlip(generator)] if self.flip else []
         self.augment = nn.Sequential(*steps)
+
+    def _split(self, images: Images) -> Images:
+        """Images with those for validation."""
+        count = len(images["train_labels"])
+        if not 0 <= self.held_out < count:
+            raise ValueError(f"held_out must be at least 0 and less than the {count} images, got {self.held_out}.")
+        if not self.held_out:
+            return images | {"val_images": images["test_images"], "val_labels": images["test_labels"]}
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        val, train = order.tensor_split([self.held_out])
+        parts = {"train": train, "val": val}
+        return images | {f"{k}_{what}": images[f"train_{what}"][v] for k, v in parts.items() for what in FIELDS}
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches."""
         return self._loader("train", self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """The test images."""
-        return self._loader("test", self.test_batch_size)
+        """The images that are held out, or else the test images."""
+        return self._loader("val", self.test_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """The test images."""
@@ -134,6 +152,7 @@ class Cifar10(InMemoryImages):
         mean: see there.
         std: see there.
         seed: see there.
+        held_out: see there.
     """
 
     def __init__(
@@ -148,8 +167,9 @@ class Cifar10(InMemoryImages):
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
         seed: int = 0,
+        held_out: int = 0,
     ) -> None:
-        super().__init__(batch_size, test_batch_size, crop, flip, mean, std, seed)
+        super().__init__(batch_size, test_batch_size, crop, flip, mean, std, seed, held_out)
         self.root, self.download, self.cache = Path(root).expanduser(), download, Path(cache).expanduser()
 
     def prepare_data(self) -> None:

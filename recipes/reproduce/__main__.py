@@ -2,25 +2,30 @@
 
     python -m recipes.reproduce --list
     python -m recipes.reproduce cifar10_small data.root=data/cifar10
+    python -m recipes.reproduce cifar10_small --launch simulated --workers 32 --parallel 2 data.root=data/cifar10
     python -m recipes.reproduce cifar10 --dry-run --launch torchrun --rendezvous node0:29500 data.root=/data/cifar10
     python -m recipes.reproduce imagenet --launch slurm --sbatch=--partition=long --sbatch=--gpus-per-node=8
 
 ``local`` runs on this machine with the processes that the experiment says, one run after another, and reports at the
-end. ``torchrun`` is to be called on every machine at about the same time, in a folder that all of them see. ``slurm``
-queues a job for each run; called once more when they have ended, it queues what failed, or reports. Where the machines
-are not the paper's, give --nodes and --processes. Further arguments go to ``recipes.train``.
+end. ``simulated`` plays all workers of a run in one process on one device. ``torchrun`` is to be called on every
+machine at about the same time, in a folder that all of them see. ``slurm`` queues a job for each run; called once more
+when they have ended, it queues what failed, or reports. Where the machines are not the paper's, give --nodes and
+--processes. Further arguments go to ``recipes.train``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.report.__main__ import main as report
-from recipes.reproduce.launchers import Job, Launcher, Local, Slurm, Torchrun, launch
+from recipes.reproduce.launchers import Job, Launcher, Local, Simulated, Slurm, Torchrun, launch
+from recipes.reproduce.pool import train_all
 from recipes.reproduce.tables import TABLES, Row, rows
 
 
@@ -39,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("table", nargs="?", choices=TABLES, metavar="table", help="its name, see --list")
     parser.add_argument("overrides", nargs="*", help="of the configuration of every run, such as data.root=...")
     parser.add_argument("--list", action="store_true", help="say which tables there are")
-    parser.add_argument("--launch", choices=("local", "torchrun", "slurm"), default="local")
+    parser.add_argument("--launch", choices=("local", "simulated", "torchrun", "slurm"), default="local")
     parser.add_argument("--nodes", type=int, help="machines of each run; the experiment's if left out")
     parser.add_argument("--processes", type=int, help="on each machine; the experiment's if left out")
+    parser.add_argument("--workers", default="auto", help="simulated ones of each run; the experiment's if left out")
+    parser.add_argument("--parallel", type=int, default=1, metavar="RUNS", help="simulated runs at a time")
+    parser.add_argument("--tuned", type=Path, help="tuned.json of recipes.tune: what each row is trained with")
     parser.add_argument("--rendezvous", default="", help="HOST:PORT of one of the machines, for torchrun")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="an option for sbatch, repeatable"
@@ -63,9 +71,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [row for row in rows(table) if a.rows is None or a.rows in row.name]
     if not wanted:
         parser.error(f"--rows {a.rows}: no name contains that; they are {', '.join(row.name for row in rows(table))}.")
-    jobs = [(row, job(row, seed, folder, a.overrides)) for row in wanted for seed in seeds]
+    tuned = json.loads(a.tuned.read_text()) if a.tuned else {}
+    missing = [row.name for row in wanted if a.tuned and row.name not in tuned]
+    if missing:
+        parser.error(f"{a.tuned} has no choice for {', '.join(missing)}. Tune them too, or leave them out with --rows.")
+    jobs = [
+        (row, job(row, seed, folder, [*tuned.get(row.name, {}).get("overrides", ()), *a.overrides]))
+        for row in wanted
+        for seed in seeds
+    ]
     failed = []
+    if a.launch == "simulated" and a.parallel > 1 and not a.dry_run:
+        plays = Simulated(a.workers).overrides
+        failed = train_all([replace(each, overrides=(*each.overrides, *plays)) for _, each in jobs], a.parallel)
     for number, (row, each) in enumerate(jobs, start=1):
+        if each.name in failed:
+            continue
         print(f"# {number}/{len(jobs)} {each.name}", flush=True)
         if not launch(each, launcher(a, row), a.dry_run):
             failed.append(each.name)
@@ -90,6 +111,8 @@ def launcher(options: argparse.Namespace, row: Row) -> Launcher:
     Raises:
         SystemExit: if neither says how many processes.
     """
+    if options.launch == "simulated":
+        return Simulated(options.workers)
     if options.launch == "local":
         sizes = {"trainer.num_nodes": options.nodes, "trainer.devices": options.processes}
         return Local(tuple(f"{name}={size}" for name, size in sizes.items() if size is not None))

@@ -51,6 +51,26 @@ class Local:
 
 
 @dataclass(frozen=True)
+class Simulated:
+    """In one process that plays all workers, on one device.
+
+    Attributes:
+        workers: how many; ``auto`` for as many as the experiment has processes.
+    """
+
+    workers: str
+
+    def command(self, job: Job) -> list[str]:
+        """What to execute."""
+        return [sys.executable, *job.train(*self.overrides)]
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What makes a run simulated."""
+        return ("trainer=simulated", f"trainer.workers={self.workers}")
+
+
+@dataclass(frozen=True)
 class Torchrun:
     """On several machines: the same call on each of them, in folders that they share.
 
@@ -95,7 +115,7 @@ class Slurm:
         return ["sbatch", "--parsable", *size, *log, *self.options, "--wrap", workers]
 
 
-Launcher = Local | Torchrun | Slurm
+Launcher = Local | Simulated | Torchrun | Slurm
 
 
 def launch(job: Job, launcher: Launcher, dry_run: bool = False) -> bool:
