@@ -3,9 +3,9 @@ r"""Parameters as few flat buckets: what a sync reads, sends and writes.
 A model has hundreds of small tensors and a network likes few large messages. A :class:`Layout` orders the parameters
 of one optimizer in flat *runs* (one per parameter group, device and dtype) and cuts the runs into :class:`Bucket`\ s.
 If parts of the parameters are to be communicated by themselves, each of these *fragments* has runs of its own.
-A large parameter is its own bucket and is communicated *in place*, without a copy; small ones are packed together into
-a scratch buffer. Slow state (anchors, momenta, residuals) is laid out as the runs are, one flat tensor per run, so that
-arithmetic on a bucket is arithmetic on contiguous memory.
+A large parameter is its own bucket and is communicated *in place*, without a copy, and so are small ones that happen to
+lie one behind the other; others are packed together into a scratch buffer. Slow state (anchors, momenta, residuals) is
+laid out as the runs are, one flat tensor per run, so that arithmetic on a bucket is arithmetic on contiguous memory.
 
 The parameters themselves are never rebound to other storage: that would undo ``channels_last``, make the checkpoint of
 a submodule as large as the model, and break ``load_state_dict(assign=True)``.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_slowmo.private import foreach_copy_
-from lightning_slowmo.storage import Storage, accumulation_dtype, flat_view, is_dense, local
+from lightning_slowmo.storage import Storage, accumulation_dtype, adjoin, flat_view, is_dense, local
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Bucket:
         start: first element in the run.
         stop: one past the last element in the run.
         spans: what the bucket holds, in order; a span may be a part of a large parameter.
-        in_place: whether the bucket *is* (a part of) one parameter's own memory.
+        in_place: whether the bucket *is* parameters' own memory: of one, or of several that lie one behind the other.
         dtype: dtype of arithmetic and messages; float32 for half-precision parameters.
         parameter_dtype: dtype of the parameters.
         device: of the parameters.
@@ -169,6 +169,10 @@ class Bucket:
         """``flat`` as the parameters can hold it: itself, or rounded to their half-precision dtype and back."""
         return flat.to(self.parameter_dtype).to(flat.dtype)
 
+    def lies_still(self) -> bool:
+        """Whether parameters that were laid out in place still lie one behind the other."""
+        return not self.in_place or len(self.spans) == 1 or adjoin([parameter for parameter, _, _ in self.spans])
+
     def blocks(self, flat: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Cut a flat tensor of this bucket's values into blocks that fit the cache; on a GPU, one block.
 
@@ -191,8 +195,9 @@ class Bucket:
             scratch: where to copy to, at least ``numel`` elements of the bucket's dtype; allocated if not given.
         """
         if self.in_place:
-            parameter, start, stop = self.spans[0]
-            return flat_view(self.storage(parameter))[start:stop]
+            parameter, start, _ = self.spans[0]
+            values = self.storage(parameter)
+            return values.as_strided((self.numel,), (1,), values.storage_offset() + start)
         flat = torch.empty(self.numel, dtype=self.dtype, device=self.device) if scratch is None else scratch
         flat = flat[: self.numel]
         sources, targets = self._paired(flat)
@@ -279,9 +284,8 @@ class Layout:
     def covers(self, groups: Iterable[Iterable[Tensor]]) -> bool:
         """Whether these are still exactly the parameters that are laid out (some may have joined or been frozen)."""
         current = [parameter for _, parameter in _members(groups)]
-        return len(current) == len(self.parameters) and all(
-            a is b for a, b in zip(current, self.parameters, strict=True)
-        )
+        same = list(map(id, current)) == list(map(id, self.parameters))
+        return same and all(bucket.lies_still() for bucket in self.buckets)
 
     def empty(self) -> list[Tensor]:
         """Uninitialised buffers, one flat tensor per run, in the dtype of slow state."""
@@ -370,6 +374,8 @@ def _cut(index: int, run: Run, sizes: BucketSizes, storage: Storage) -> Iterator
 
     def bucket(spans: list[tuple[Tensor, int, int]], start: int, in_place: bool) -> Bucket:
         stop = start + sum(end - begin for _, begin, end in spans)
+        if len(spans) > 1 and run.dtype == dtype and storage is local:
+            in_place = adjoin([parameter for parameter, _, _ in spans])
         kind = (dtype, run.dtype, run.device, sizes.block_numel, storage)
         return Bucket(index, run.group, start, stop, tuple(spans), in_place, *kind)
 

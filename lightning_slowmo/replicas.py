@@ -25,10 +25,6 @@ from lightning_slowmo.private import foreach_copy_, is_persistent
 from lightning_slowmo.private.twins import buffers_of, nested_optimizers, twin_of_module, twin_of_optimizer
 from lightning_slowmo.storage import is_dense
 
-ALIGNMENT = 64
-"""Bytes to whose multiples parameters are aligned on a GPU. On a CPU they lie one behind the other, so that a mean over
-the workers can be taken where they lie."""
-
 
 class Randomness:
     """The states of the random number generators, of one worker.
@@ -62,7 +58,6 @@ class Replica:
     Args:
         module: whose parameters and buffers are copied.
         optimizers: whose states and options are copied; together with those that they hold.
-        static: whether the stage keeps its addresses.
 
     Attributes:
         module: a twin of the module with the replica's parameters and buffers; all else is the module's.
@@ -70,10 +65,10 @@ class Replica:
         twins: the replica's parameter for each of the stage's, by id.
     """
 
-    def __init__(self, module: Module, optimizers: Sequence[Optimizer], static: bool) -> None:
+    def __init__(self, module: Module, optimizers: Sequence[Optimizer]) -> None:
         self.twins: dict[int, Tensor] = {}
         parameters = list(_parameters(module, optimizers))
-        for parameter, values in zip(parameters, _rows(parameters, ALIGNMENT if static else 1), strict=True):
+        for parameter, values in zip(parameters, _rows(parameters), strict=True):
             twin = Parameter(values, requires_grad=parameter.requires_grad)
             vars(twin).update(vars(parameter))  # marks such as "no weight decay"
             self.twins[id(parameter)] = twin
@@ -106,7 +101,7 @@ class Stage:
             raise ValueError("There is nothing to train: the model has no parameters.")
         self._static = any(parameter.is_cuda for parameter in self._parameters)
         self._home = [parameter.data for parameter in self._parameters]
-        self.replicas = [Replica(module, optimizers, self._static) for _ in range(count)]
+        self.replicas = [Replica(module, optimizers) for _ in range(count)]
         self._tensors = [[each.twins[id(p)] for p in self._parameters] for each in self.replicas]
         self._nested = [[n for o in each.optimizers for n in nested_optimizers(o)] for each in self.replicas]
         self._submodules = [list(each.module.modules()) for each in self.replicas]
@@ -213,7 +208,7 @@ class Stage:
                     present.append(other)
                     copied.append(buffer)
                 elif key in buffers_of(target):
-                    setattr(target, key, buffer)
+                    buffers_of(target)[key] = buffer
                 else:
                     target.register_buffer(key, buffer, is_persistent(source, key))
         for places in _by_kind(copied):
@@ -226,15 +221,14 @@ def _parameters(module: Module, optimizers: Sequence[Optimizer]) -> Iterator[Ten
     yield from {id(p): p for p in chain(chain.from_iterable(groups), module.parameters())}.values()
 
 
-def _rows(parameters: Sequence[Tensor], alignment: int) -> Iterator[Tensor]:
-    """Copies of parameters, of each dtype and device one behind the other, in the order of their memory."""
+def _rows(parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Copies of parameters, those of a dtype and device one behind the other: means can be taken where they lie."""
     numels: dict[tuple[torch.dtype, torch.device], int] = {}
     places = []
     for parameter in parameters:
         kind = (parameter.dtype, parameter.device)
         places.append((kind, numels.get(kind, 0)))
-        elements = max(1, alignment // parameter.element_size())
-        numels[kind] = numels.get(kind, 0) + -(-parameter.numel() // elements) * elements
+        numels[kind] = numels.get(kind, 0) + parameter.numel()
     rows = {kind: torch.empty(numel, dtype=kind[0], device=kind[1]) for kind, numel in numels.items()}
     for parameter, (kind, start) in zip(parameters, places, strict=True):
         values = parameter.detach()

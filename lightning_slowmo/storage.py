@@ -6,7 +6,7 @@ things. The parameter object is its identity; whatever reads or writes values as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,3 +75,15 @@ def _same_order(parameter: Tensor, grad: Tensor) -> bool:
     expected = parameter if is_dense(parameter) else torch.empty_like(parameter, device="meta")
     strides = zip(parameter.shape, expected.stride(), grad.stride(), strict=True)
     return all(size <= 1 or wanted == found for size, wanted, found in strides)
+
+
+def adjoin(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters lie one behind the other in the same memory, as those of simulated workers do."""
+    end = None
+    for parameter in parameters:
+        values = local(parameter)
+        start = values.data_ptr()
+        if (end is not None and start != end) or not is_dense(values):
+            return False
+        end = start + values.numel() * values.element_size()
+    return len({local(parameter).untyped_storage().data_ptr() for parameter in parameters}) == 1

@@ -55,6 +55,16 @@ def uses_iterator(trainer: Any) -> bool:
     return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
+def begins_epoch(trainer: Any) -> bool:
+    """Whether this is the first batch that the Trainer trains on since an epoch began, or since it resumed in one.
+
+    Tested with Lightning 2.6.6 (``_TrainingEpochLoop.batch_progress``). Public replacement: the ``batch_idx`` of
+    ``on_train_batch_start``, which does not tell of a resumed epoch.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready <= 1
+
+
 class LoopState:
     """What the Trainer's loops keep of one process while it trains on a batch.
 
@@ -65,9 +75,10 @@ class LoopState:
         trainer: whose loops.
         own: whether these are the loops' own counters; otherwise copies are made.
         profiler: what measures this worker.
+        earlier: this worker's state before, whose loss scale goes on.
     """
 
-    def __init__(self, trainer: Any, own: bool, profiler: Any) -> None:
+    def __init__(self, trainer: Any, own: bool, profiler: Any, earlier: LoopState | None = None) -> None:
         self._trainer, self._profiler = trainer, profiler
         loop, clone = trainer.fit_loop.epoch_loop, (lambda value: value) if own else deepcopy
         self._automatic = clone(loop.automatic_optimization.optim_progress)
@@ -75,7 +86,8 @@ class LoopState:
         self._hook: str | None = trainer.lightning_module._current_fx_name
         self._schedules = [deepcopy(each.scheduler.state_dict()) for each in self._schedulers]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = None if scaler is None else tuple(map(_own, (scaler._scale, scaler._growth_tracker)))
+        present = None if scaler is None else (scaler._scale, scaler._growth_tracker)
+        self._scale: Any = earlier._scale if earlier else present and tuple(map(_own, present))
 
     @property
     def _schedulers(self) -> list[Any]:

@@ -220,11 +220,7 @@ class SimulatedMixin(SimulatedState):
         if stage.follow():
             self._on_all(_let_join)
         stage.spread_options()
-        profiler = trainer.profiler
-        quiet = self.package.profilers.PassThroughProfiler()
-        self._states = [
-            loops.LoopState(trainer, index == 0, quiet if index else profiler) for index in range(len(self.cores))
-        ]
+        self._renew_states()
 
         def turn(workers: Any) -> Any:
             index = workers.rank
@@ -242,6 +238,21 @@ class SimulatedMixin(SimulatedState):
         if trainer.lightning_module.automatic_optimization and not self._accumulates:
             stage.drop_gradients()
         return outputs[0]
+
+    def _renew_states(self) -> None:
+        """Let every worker's loops begin where the Trainer's are now.
+
+        In automatic optimization they go on alike until the end of the epoch, when the Trainer resets its own.
+        """
+        trainer = self._trainer
+        if self._states and trainer.lightning_module.automatic_optimization and not loops.begins_epoch(trainer):
+            return
+        earlier: list[Any] = self._states or [None] * len(self.cores)
+        quiet = self.package.profilers.PassThroughProfiler()
+        self._states = [
+            loops.LoopState(trainer, index == 0, quiet if index else trainer.profiler, state)
+            for index, state in enumerate(earlier)
+        ]
 
     @property
     def _accumulates(self) -> bool:

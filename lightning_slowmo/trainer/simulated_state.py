@@ -69,6 +69,7 @@ class SimulatedState(SingleDeviceStrategy):
         stage = self._stage
         if stage is not None:
             stage.clear()
+            stage.spread_options()  # between batches a scheduler may have changed them
         try:
             return together([core.workers for core in self.cores], lambda workers: function(self.cores[workers.rank]))
         finally:

@@ -6,7 +6,7 @@ The transforms of torchvision's v2 make one choice for a batch; here each image 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ class RandomCrop(nn.Module):
         """Crop a batch."""
         count, _, height, width = images.shape
         padded = v2.functional.pad(images, [self.padding] * 4, padding_mode="reflect")
-        places = torch.randint(2 * self.padding + 1, (2, count), generator=self.generator).to(images.device)
+        places = torch.randint(2 * self.padding + 1, (2, count), generator=self.generator)
+        places = places.to(images.device, non_blocking=True)  # else the host would wait for the GPU
         rows = places[0, :, None] + torch.arange(height, device=images.device)
         columns = places[1, :, None] + torch.arange(width, device=images.device)
         each = torch.arange(count, device=images.device)[:, None, None]
@@ -114,5 +115,27 @@ class RandomFlip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Mirror some of a batch."""
-        mirrored = (torch.rand(len(images), generator=self.generator) < 0.5).to(images.device)
+        mirrored = torch.rand(len(images), generator=self.generator) < 0.5
+        mirrored = mirrored.to(images.device, non_blocking=True)
         return torch.where(mirrored[:, None, None, None], v2.functional.horizontal_flip(images), images)
+
+
+class Normalize(nn.Module):
+    """Bytes to floating-point numbers of mean 0 and deviation 1.
+
+    Torchvision's transform copies mean and deviation to the device for every batch, for which the host waits.
+
+    Args:
+        mean: of each channel, in [0, 1].
+        std: of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize a batch."""
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return (images - self.mean) / self.std

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from recipes.images import files
-from recipes.images.batches import Batch, Batches, RandomCrop, RandomFlip, TensorBatches
+from recipes.images.batches import Batch, Batches, Normalize, RandomCrop, RandomFlip, TensorBatches
 from recipes.images.files import Images
 
 FIELDS = ("images", "labels")
@@ -51,7 +51,7 @@ class InMemoryImages(L.LightningDataModule):
         super().__init__()
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
         self.crop, self.flip, self.seed, self.held_out = crop, flip, seed, held_out
-        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+        self.normalize = Normalize(mean, std)
         self.images: Images | None = None
 
     @abstractmethod

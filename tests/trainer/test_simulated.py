@@ -87,11 +87,11 @@ CASES = {name: (lambda name=name: (configured(name), Model(name), {})) for name 
 }
 
 
-def fit(case, strategy, devices, ranks):
+def fit(case, strategy, devices, ranks, **more):
     loaders = loader(ranks), DataLoader(batches(99), batch_size=None, generator=torch.Generator())
     torch.manual_seed(7)
     algorithm, module, options = CASES[case]()
-    fitted = trainer(devices, strategy(algorithm), precision="64-true", limit_val_batches=2, **options)
+    fitted = trainer(devices, strategy(algorithm), precision="64-true", limit_val_batches=2, **options, **more)
     fitted.fit(module, *loaders)
     report = fitted.strategy.report
     counts = [report.count, report.bytes_sent, report.skipped, fitted.global_step]
