@@ -2,10 +2,9 @@ r"""Parameters as few flat buckets: what a sync reads, sends and writes.
 
 A model has hundreds of small tensors and a network likes few large messages. A :class:`Layout` orders the parameters
 of one optimizer in flat *runs* (one per parameter group, device and dtype) and cuts the runs into :class:`Bucket`\ s.
-If parts of the parameters are to be communicated by themselves, each of these *fragments* has runs of its own.
-A large parameter is its own bucket and is communicated *in place*, without a copy, and so are small ones that happen to
-lie one behind the other; others are packed together into a scratch buffer. Slow state (anchors, momenta, residuals) is
-laid out as the runs are, one flat tensor per run, so that arithmetic on a bucket is arithmetic on contiguous memory.
+*Fragments*, parts that are communicated by themselves, have runs of their own. A large parameter is its own bucket and
+is communicated *in place*, without a copy, and so are small ones that lie one behind the other; others are packed into
+a scratch buffer. Slow state (anchors, momenta, residuals) is laid out as the runs are, one flat tensor per run.
 
 The parameters themselves are never rebound to other storage: that would undo ``channels_last``, make the checkpoint of
 a submodule as large as the model, and break ``load_state_dict(assign=True)``.
@@ -270,7 +269,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """Number of elements in all runs."""
+        """Number of all elements."""
         return sum(run.numel for run in self.runs)
 
     def fragment(self, index: int) -> list[Bucket]:
@@ -283,8 +282,7 @@ class Layout:
 
     def covers(self, groups: Iterable[Iterable[Tensor]]) -> bool:
         """Whether these are still exactly the parameters that are laid out (some may have joined or been frozen)."""
-        current = [parameter for _, parameter in _members(groups)]
-        same = list(map(id, current)) == list(map(id, self.parameters))
+        same = [id(parameter) for _, parameter in _members(groups)] == list(map(id, self.parameters))
         return same and all(bucket.lies_still() for bucket in self.buckets)
 
     def empty(self) -> list[Tensor]:
