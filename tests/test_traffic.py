@@ -37,7 +37,7 @@ from lightning_slowmo.traffic import (
     syncs,
     together,
 )
-from tests.on_workers import on_workers
+from tests.on_workers import on_threads
 
 SHAPES = [(200, 61), (61,), (0, 4), (61, 100), (100,), ()]
 BIG = [(1200, 1000), (3,), (700, 1000)]
@@ -76,8 +76,8 @@ def configured(name: str) -> Algorithm:
 
 def trained(workers: Workers, algorithm: Algorithm, shapes: list) -> tuple[Engine, float]:
     """An engine after some steps, and the bytes that a worker sent in each of the later ones, on average."""
-    torch.manual_seed(0)
-    model = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    start = torch.Generator().manual_seed(0)
+    model = [torch.nn.Parameter(torch.randn(shape, generator=start)) for shape in shapes]
     sparse = isinstance(algorithm, (SketchedSGD, SensedSGD))  # which keep momentum themselves
     optimizer = torch.optim.SGD(model, lr=0.01) if sparse else torch.optim.Adam(model, lr=0.01)
     engine = Engine(algorithm, [optimizer], workers)
@@ -94,7 +94,7 @@ def trained(workers: Workers, algorithm: Algorithm, shapes: list) -> tuple[Engin
     return engine, sum(row[0] for row in workers.gather([sent])) / workers.size / STEPS
 
 
-@on_workers(2, 3, each=[*PRESETS, *OTHERS])
+@on_threads(2, 3, each=[*PRESETS, *OTHERS])
 def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Workers, name: str) -> None:
     algorithm = configured(name)
     engine, counted = trained(workers, algorithm, SHAPES)
@@ -109,7 +109,7 @@ def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Worker
     assert 4 * state_numel(algorithm, layout, workers.size) == pytest.approx(kept, rel=0.02)
 
 
-@on_workers(2, each=["slowmo", "qprsgd", "squarm_sgd", "sgp"])
+@on_threads(2, each=["slowmo", "qprsgd", "squarm_sgd", "sgp"])
 def test_predicted_bytes_hold_for_large_parameters(workers: Workers, name: str) -> None:
     algorithm = at_period(PRESETS[name], 15)
     _, counted = trained(workers, algorithm, BIG)

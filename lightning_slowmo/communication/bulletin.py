@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ CLOSE_SECONDS = 1.0
 CLOSE_SECONDS_WITHOUT_CAUSE = 10.0
 """The same, as long as only errors about a meeting are known: most of them are raised on all workers alike, and those
 that are a little slower need their connections if they go on after that."""
+
+CLOSE_LIMIT_SECONDS = 30.0
+"""Seconds after which the thread looks at the notes again, though not everything is closed yet."""
 
 NOT_A_CAUSE = "SyncError"
 """How the reason of a worker begins that only suffers from another one's failure."""
@@ -178,8 +182,30 @@ class Bulletin:
         patience = CLOSE_SECONDS if self.causes or self.gone else CLOSE_SECONDS_WITHOUT_CAUSE
         if time.monotonic() - self._known_since >= patience:
             self.told = True
-            for close in self._close:
-                close()
+            all_at_once(self._close, CLOSE_LIMIT_SECONDS)
+
+
+def all_at_once(acts: Sequence[Callable[[], None]], seconds: float) -> None:
+    """Call functions in threads of their own, and wait for them no longer than some seconds.
+
+    One after the other would not do: NCCL's abort of a group frees memory, for which it waits for all kernels of the
+    device, those of the next group among them.
+
+    Args:
+        acts: what to call; errors about groups that are closed already are ignored.
+        seconds: after which this returns, and leaves the rest to threads that do not keep the process from ending.
+    """
+
+    def act_quietly(act: Callable[[], None]) -> None:
+        with suppress(RuntimeError, ValueError):
+            act()
+
+    threads = [threading.Thread(target=act_quietly, args=(act,), daemon=True) for act in acts]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def answers_missing(store: Any, occasion: str, ranks: Sequence[int]) -> list[int]:

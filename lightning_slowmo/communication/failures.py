@@ -22,6 +22,7 @@ from lightning_slowmo.communication.bulletin import (
     ROLL,
     Bulletin,
     NoAnswer,
+    all_at_once,
     answers_missing,
 )
 from lightning_slowmo.communication.workers import SyncError
@@ -31,6 +32,9 @@ FAILURE_GRACE_SECONDS = 2.0
 
 STORE_SECONDS = 5.0
 """Seconds after which the process that serves the store is taken to be frozen."""
+
+ABORT_SECONDS = 10.0
+"""Seconds that a device may take to end its communication; then the error is raised nevertheless."""
 
 
 class Failures:
@@ -44,6 +48,7 @@ class Failures:
 
     Attributes:
         close: what to call to end all communication of this process, whoever waits for it.
+        abort: what to call to end communication that its device waits for.
     """
 
     def __init__(self, store: Any, rank: int, names: Sequence[str], timeout: timedelta) -> None:
@@ -51,6 +56,7 @@ class Failures:
         self.names = list(names)
         self.timeout = timeout
         self.close: list[Callable[[], None]] = []
+        self.abort: list[Callable[[], None]] = []
         self.bulletin = Bulletin(store, rank, len(names), self.close)
         weakref.finalize(self, self.bulletin.stop)
 
@@ -79,6 +85,14 @@ class Failures:
 
         self.bulletin.told = True
         self._try(write, STORE_SECONDS)
+
+    def free_device(self) -> None:
+        """End what a device still does for these workers, after which nothing keeps this process from ending.
+
+        A kernel that waits for a worker that is gone waits for ever, and with it whatever waits for the device: a copy
+        of the model to the host, the release of memory, ``destroy_process_group``.
+        """
+        all_at_once(self.abort, ABORT_SECONDS)
 
     def let_others_hear(self) -> None:
         """Stay a moment, if this process hosts the store with the reason why it fails, until the others have read it.

@@ -6,7 +6,6 @@ tensors, and a *control* group on gloo for headers, so that a decision never wai
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_slowmo.communication import nccl
 from lightning_slowmo.communication.bulletin import LOOK_SECONDS
 from lightning_slowmo.communication.failures import Failures
 from lightning_slowmo.communication.pipeline import Transfer
@@ -76,8 +76,11 @@ class TorchTransport:
             store = dist.PrefixStore(f"lightning_slowmo/{control.group_name}", _own_connection(default_store()))
             failures = Failures(store, self.rank, self.names, timeout)
             failures.close.append(lambda: _close(dist.group.WORLD))
+            failures.abort.append(lambda: _abort(dist.group.WORLD))
         self.failures = failures
         failures.close.extend(partial(_close, group) for group in {data, control})
+        if backend == "nccl":
+            failures.abort.append(data.abort)
         self._operations = 0
         """Operations that all processes have taken part in: tells one occasion to wait from the others."""
 
@@ -216,6 +219,7 @@ class TorchTransport:
         """Leave word why this process stops."""
         if dist.is_initialized():
             self.failures.report(reason)
+            self.failures.free_device()
 
     def let_others_hear(self) -> None:
         """Stay until the others have read the reason, if this process hosts the store."""
@@ -318,7 +322,9 @@ class TorchTransport:
             return SyncError(f"{self.names[self.rank]} could not meet the other workers for {purpose}. {error}")
         occasion = f"{self.control.group_name}/{self._operations}"
         places = [self.places[rank] for rank in (range(self.size) if peers is None else peers)]
-        return self.failures.absence(purpose, occasion, error, places, waited)
+        absence = self.failures.absence(purpose, occasion, error, places, waited)
+        self.failures.free_device()
+        return absence
 
 
 def backend_for(device: torch.device, backend: str | None) -> str:
@@ -344,15 +350,8 @@ def backend_for(device: torch.device, backend: str | None) -> str:
 def _new_group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.ProcessGroup:
     if backend != "nccl":
         return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout))
-    # At an error NCCL's watchdog would end the process before anybody is named; here, whoever waits sees the error.
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    users_own = os.environ.get(name)
-    os.environ[name] = "0" if users_own is None else users_own
-    try:
+    with nccl.settings(nccl.ENDS_IN_TIME, nccl.NAMES_FIRST):
         return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend, timeout=timeout + NCCL_GRACE))
-    finally:
-        if users_own is None:
-            del os.environ[name]
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
@@ -373,6 +372,12 @@ def _close(group: dist.ProcessGroup | None) -> None:
             work = dist.irecv(torch.empty(1), peer, group=group, tag=UNUSED_TAG)
             cast(dist.Work, work).wait(timedelta(milliseconds=1))
     group.abort()
+
+
+def _abort(group: dist.ProcessGroup | None) -> None:
+    """End what a GPU still does for a process group: NCCL's kernels wait for ever for a worker that is gone."""
+    if group is not None and "nccl" in dist.get_backend_config(group):
+        group.abort()
 
 
 def _is_of_communication(error: BaseException) -> bool:

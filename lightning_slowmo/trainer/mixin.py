@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
+from lightning_slowmo.communication import nccl
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
@@ -170,7 +171,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         """Join the process group, then make this strategy's own groups beside it."""
         self.set_world_ranks()
         store = rendezvous.for_strategy(self, self.core.sync_timeout)
-        super().setup_distributed()
+        with nccl.settings(nccl.ENDS_IN_TIME):
+            super().setup_distributed()
         del store  # the process group has its own by now
         if dist.get_world_size() < self.world_size:
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_slowmo import SyncError, Workers
+from lightning_slowmo.communication import nccl
+from lightning_slowmo.communication.bulletin import all_at_once
 from lightning_slowmo.communication.in_process import in_process, together
 from lightning_slowmo.communication.pipeline import complete, start
 from tests.harness import run
@@ -174,15 +177,17 @@ def test_whoever_was_killed_is_named_in_a_plain_loop_too():
     assert "Ended without a word, or lost its connection: rank 1." in message
 
 
-def living_on(rank: int, operation: str) -> tuple[str, float]:
+def living_on(rank: int, operation: str) -> tuple[str, float, float, int]:
     workers = Workers.from_world(timeout=timedelta(seconds=30))
+    aborted: list[str] = []
+    workers.transport.failures.abort.append(lambda: aborted.append("as if by NCCL"))
     workers.listen(True)
     workers.gather([0.0])
     if rank == 1:
         workers.report_failure("ValueError: on purpose")
         time.sleep(6)  # it has caught its exception, and lives on
-        return "", 0.0
-    start = time.monotonic()
+        return "", 0.0, 0.0, 0
+    start, text = time.monotonic(), "no error"
     try:
         with workers.naming("a test"):
             if operation == "a collective of others":
@@ -192,15 +197,40 @@ def living_on(rank: int, operation: str) -> tuple[str, float]:
             else:
                 complete(workers.sum(torch.zeros(1)))
     except SyncError as error:
-        return str(error), time.monotonic() - start
-    return "no error", 0.0
+        text = str(error)
+    raised = time.monotonic()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the harness destroys one more
+    return text, raised - start, time.monotonic() - raised, len(aborted)
 
 
 @pytest.mark.parametrize("operation", ["a sum", "a message", "a collective of others"])
 def test_a_failed_worker_that_lives_on_ends_every_wait_within_two_seconds(operation):
-    message, seconds = run(2, living_on, operation)[0]
+    message, seconds, to_destroy, aborts = run(2, living_on, operation)[0]
     assert "rank 1 failed: ValueError: on purpose" in message
     assert seconds < 2 + 1  # the rest is for a busy machine
+    assert to_destroy < 2  # nothing that was begun keeps the process
+    assert aborts == (operation != "a collective of others")  # which strategies report, and abort then
+
+
+def test_groups_are_closed_together_and_one_that_does_not_close_is_left_behind():
+    meeting, never, met = threading.Barrier(2), threading.Event(), []
+    start = time.monotonic()
+    all_at_once([never.wait, lambda: met.append(meeting.wait(5)), lambda: met.append(meeting.wait(5))], 0.5)
+    assert 0.5 <= time.monotonic() - start < 3
+    assert sorted(met) == [0, 1]  # one after the other, the first would wait for the second for ever
+    never.set()
+
+
+def test_the_users_own_settings_of_nccl_are_left_alone(monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    monkeypatch.delenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", raising=False)
+    with nccl.settings(nccl.ENDS_IN_TIME, nccl.NAMES_FIRST):
+        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "250"
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC" not in os.environ
 
 
 def test_in_one_process_too_a_failure_is_known_in_every_part_of_the_workers():

@@ -38,7 +38,6 @@ EXACT = [
     RandomK(k=5, rescale=True),
     RandomK(fraction=0.1, values=QSGD(bits=4, norm="max")),
     CountSketch(rows=3, columns=600),
-    CountSketch(rows=5, columns=250),
 ]
 """Compressors without sums of many elements: their payloads are the same to the bit."""
 
@@ -54,10 +53,12 @@ SUMMED = [
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SEGMENTS = [(1,), (0, 4097), (300, 0, 1, 4096, 7), (1, 0, 101, 9)]
 
-MIXED = SEGMENTS[2]
+SHORT = (150, 0, 1, 7)
+"""For other dtypes: where a tile ends does not depend on them, and the interpreter is slow."""
+
 every_case = pytest.mark.parametrize(
     ("dtype", "segments"),
-    [(torch.float32, segments) for segments in SEGMENTS] + [(dtype, MIXED) for dtype in DTYPES[1:]],
+    [(torch.float32, segments) for segments in SEGMENTS] + [(dtype, SHORT) for dtype in DTYPES[1:]],
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else f"{len(value)} of {sum(value)}",
 )
 
@@ -96,6 +97,13 @@ def test_payloads_have_the_same_bits(compressor, dtype, segments):
     expected, payload = on_both(compressor, vector(segments, dtype), segments)
     assert torch.equal(payload, expected)
     assert_decoded_alike(compressor, payload, segments, dtype)
+
+
+def test_a_sketch_of_more_rows_than_three():
+    sketch, segments = CountSketch(rows=5, columns=250), (1, 0, 101, 9)
+    expected, payload = on_both(sketch, vector(segments), segments)
+    assert torch.equal(payload, expected)
+    assert_decoded_alike(sketch, payload, segments, torch.float32)
 
 
 @every_case
@@ -208,10 +216,10 @@ def test_index_sets_are_coded_alike(length, count):
 
 
 def test_heavy_hitters():
-    sketch, x = CountSketch(rows=5, columns=500, seed=7), torch.randn(5000, generator=seeded_generator(0))
+    sketch, x = CountSketch(rows=3, columns=500, seed=7), torch.randn(2500, generator=seeded_generator(0))
     table = sketch.sketch(x)
-    indices, values = sketch.heavy_hitters(table, 5000, k=30)
+    indices, values = sketch.heavy_hitters(table, 2500, k=30)
     with kernels.interpreted():
-        found = sketch.heavy_hitters(table, 5000, k=30)
+        found = sketch.heavy_hitters(table, 2500, k=30)
     assert torch.equal(found[0], indices)
     assert torch.equal(found[1], values)

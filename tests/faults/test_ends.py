@@ -116,7 +116,7 @@ def fit_without_batches(rank, size, folder):
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def without_batches(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("without")
     return folder, run_trainers(request.param, fit_without_batches, request.param, str(folder), limit=90)
@@ -218,7 +218,7 @@ class Silent(Counted):
         return self.loss(batch)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def limits(request, tmp_path_factory):
     return run_trainers(request.param, fit_limits, request.param, str(tmp_path_factory.mktemp("limits")), limit=120)
 
@@ -294,7 +294,7 @@ def spread_and_end(rank, size, folder):
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def ended(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ended")
     return folder, run_trainers(request.param, spread_and_end, request.param, str(folder), limit=120)

@@ -23,7 +23,7 @@ from tests.harness import run_trainers
 from tests.trainer.models import trainer
 
 WORDS, WIDTH = 10, 4
-COUNT = {2: 40, 3: 16}
+COUNT = {2: 30, 3: 12}
 """Cases, by number of workers."""
 
 KEPT = ("float32", "float16", "complex64", "int16", "bool", "float8_e5m2")

@@ -24,6 +24,7 @@ OVER_SOCKETS = {
     "NCCL_P2P_DISABLE": "1",
     "NCCL_SHM_DISABLE": "1",
     "LOCAL_WORLD_SIZE": "1",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # as docs/gpu.md says for plain loops, which make the default group themselves
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import lightning as L
 import pytest
 import torch
@@ -53,6 +57,42 @@ def trainer(accelerator: str, size: int, steps: int, **options) -> L.Trainer:
         use_distributed_sampler=False,
         **options,
     )
+
+
+class Killed(Model):
+    """Rank 1 is killed in the sum of its third sync, or before the header of it."""
+
+    def __init__(self, in_the_sum: bool) -> None:
+        super().__init__(torch.float32)
+        self.in_the_sum = in_the_sum
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 5:
+            if not self.in_the_sum:
+                os.kill(os.getpid(), signal.SIGKILL)
+            for unit in self.trainer.strategy.engine.units:
+                unit.sync = lambda round: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_a_worker(rank: int, in_the_sum: bool) -> tuple[str, float]:
+    """What a survivor hears, and the seconds after which its fit has ended and its process could."""
+    start, text = time.monotonic(), ""
+    try:
+        trainer("gpu", 3, 12).fit(Killed(in_the_sum))
+    except Exception as error:
+        text = str(error)
+    torch.cuda.synchronize()
+    torch.distributed.destroy_process_group()
+    return text, time.monotonic() - start
+
+
+@pytest.mark.parametrize("in_the_sum", [False, True])
+def test_a_process_whose_fit_has_lost_a_worker_can_end(in_the_sum):
+    first, died, third = run(3, lose_a_worker, in_the_sum, limit=90, expect_failure=True)
+    assert died == f"died with exit code {-signal.SIGKILL}"
+    for text, seconds in (first, third):
+        assert "rank 1" in text
+        assert seconds < 60
 
 
 def values(model: Model) -> torch.Tensor:

@@ -27,14 +27,19 @@ def configuration(folder: Path, overrides: Sequence[str]) -> DictConfig:
 
 def run_all(runs: Mapping[Path, Sequence[str]], limit: float = 300) -> None:
     """Train each run on two workers; they leave in their folders what ``recipes.train`` leaves."""
-    run_trainers(2, _train, {str(folder): list(overrides) for folder, overrides in runs.items()}, limit=limit)
+    quiet = "trainer.enable_progress_bar=false"
+    composed = {
+        str(folder): OmegaConf.to_container(configuration(folder, [*overrides, quiet]))
+        for folder, overrides in runs.items()
+    }
+    run_trainers(2, _train, composed, limit=limit)
 
 
-def _train(rank: int, runs: dict[str, list[str]]) -> None:
+def _train(rank: int, runs: dict[str, dict]) -> None:
     from recipes import job  # here, not in the process that only starts the workers
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for folder, overrides in runs.items():
+    for folder, config in runs.items():
         Path(folder).mkdir(parents=True, exist_ok=True)
-        job.run(configuration(Path(folder), [*overrides, "trainer.enable_progress_bar=false"]))
+        job.run(OmegaConf.create(config))

@@ -51,7 +51,7 @@ def train_pairs(rank, size):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_equal_algorithms_give_equal_models(size):
     for results, (bmuf, slowmo) in run_trainers(size, train_pairs, size):
         for name, (ours, reference) in results.items():

@@ -159,7 +159,7 @@ def fit_all_metrics(rank, size):
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def fitted(request):
     return run_trainers(request.param, fit_all_metrics, request.param, limit=120)
 
