@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
 from lightning_slowmo.trainer import rendezvous
@@ -30,6 +30,7 @@ from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
 from lightning_slowmo.trainer.loops import LoopsMixin
+from lightning_slowmo.trainer.mistakes import explain_names, explains_arguments, refuse_notebook
 from lightning_slowmo.trainer.optimizers import OptimizersMixin
 from lightning_slowmo.trainer.signals import Signals
 from lightning_slowmo.trainer.warnings import warn_of_callbacks
@@ -45,8 +46,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
 
     Args:
         algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
-        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for;
-            by default as long as ``timeout``.
+        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for,
+            in seconds or as a timedelta; by default as long as ``timeout``.
         on_nonfinite: what happens when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers
             before anything is averaged, or ``"skip"`` that worker and give it the mean of the others.
         workers_per_node: processes of a machine (or ``"all"``) that make up one worker: DDP averages their gradients
@@ -63,11 +64,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         precision_plugin: set by the Trainer, or a plugin of the user's.
         process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs. With gloo, what
             GPUs hold travels through host memory.
-        timeout: limit for the operations of torch.distributed.
+        timeout: limit for the operations of torch.distributed, in seconds or as a timedelta.
         start_method: how processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
     Raises:
         ValueError: if the algorithm's name is unknown; lists the known ones.
+        TypeError: for other arguments; says what to write instead.
     """
 
     strategy_name = "slowmo"
@@ -82,10 +84,11 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     workers = _of_core("workers")
     engine = _of_core("engine")
 
+    @explains_arguments
     def __init__(
         self,
         algorithm: str | Algorithm = "slowmo",
-        sync_timeout: timedelta | None = None,
+        sync_timeout: timedelta | float | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         workers_per_node: int | Literal["all"] | None = None,
         ddp_kwargs: dict[str, Any] | None = None,
@@ -98,9 +101,10 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        timeout: timedelta | float | None = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        limit = None if timeout is None else as_timeout("timeout", timeout)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -108,12 +112,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
-            timeout=timeout,
+            timeout=limit,
             start_method=start_method,
         )
         self.core = StrategyCore(
             algorithm,
-            sync_timeout or timeout or DEFAULT_TIMEOUT,
+            sync_timeout if sync_timeout is not None else limit or DEFAULT_TIMEOUT,
             on_nonfinite,
             workers_per_node,
             shard_slow_state,
@@ -121,6 +125,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         )
         self.ddp_kwargs = ddp_kwargs or {}
         self.log_syncs = log_syncs
+        self.start_method = start_method
         if self.ddp_kwargs and workers_per_node is None:
             raise ValueError(
                 "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
@@ -144,6 +149,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
                         algorithm=name,
                         start_method=start_method,
                     )
+        explain_names(strategy_registry, cls.package, cls)
 
     @property
     def report(self) -> SyncReport:
@@ -151,6 +157,11 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         return self.core.report
 
     # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def set_world_ranks(self) -> None:
+        """Take over the ranks; the Trainer calls this when it is made, so that it refuses where it cannot work."""
+        refuse_notebook(self.algorithm, self.start_method)
+        super().set_world_ranks()
 
     def setup_environment(self) -> None:
         """Refuse devices and plugins that cannot work, before anything is started."""
