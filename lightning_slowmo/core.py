@@ -58,6 +58,7 @@ class StrategyCore:
             processes at the same place of every node.
         node: the processes that share every gradient with this one, or None without ``workers_per_node``.
         engine: None until :meth:`make_engine`.
+        returned: the report that came back from workers which this process started.
         training: whether the workers train at present, so that every collective must begin with a meeting. The strategy
             sets it when training starts and ends.
 
@@ -96,6 +97,7 @@ class StrategyCore:
         self.everyone = self.workers = Workers()
         self.node: Workers | None = None
         self.engine: Engine | None = None
+        self.returned: SyncReport | None = None
         self.training = False
         self._world: Any = None
 
@@ -230,9 +232,9 @@ class StrategyCore:
         return self.node is None and not exchange
 
     @property
-    def report(self) -> SyncReport:
-        """Totals over all syncs so far, on this worker."""
-        return self.engine.total if self.engine is not None else SyncReport(count=0)
+    def report(self) -> SyncReport | None:
+        """Totals over all syncs so far, on this worker or those that it started; None without an engine."""
+        return self.engine.total if self.engine is not None else self.returned
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -354,5 +356,5 @@ class StrategyCore:
             self.running.load_local_state(restored.local)
 
 
-_CONNECTED = ("everyone", "workers", "node", "engine", "training", "_world")
+_CONNECTED = ("everyone", "workers", "node", "engine", "returned", "training", "_world")
 """Attributes of a core that exist in one process only, while it is connected to others."""

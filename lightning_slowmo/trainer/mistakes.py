@@ -70,11 +70,11 @@ class Names(list):
 
     Args:
         names: all that are registered.
-        package: the Lightning that they are registered with.
+        package: name of the Lightning that they are registered with.
         kind: this package's strategy for it.
     """
 
-    def __init__(self, names: Iterable[str], package: Any, kind: type) -> None:
+    def __init__(self, names: Iterable[str], package: str, kind: type) -> None:
         super().__init__(names)
         self.package = package
         self.kind = kind
@@ -103,17 +103,17 @@ class Names(list):
             if meant and any(meant.removesuffix(suffix) in PRESETS for suffix in LAUNCHERS):
                 return f"Did you mean {meant!r}?"
         elif isinstance(wanted, StrategyPart) and not isinstance(wanted, self.kind):
-            module = "lightning_slowmo.pl" if self.package.__name__ == "pytorch_lightning" else "lightning_slowmo"
-            return f"That strategy is for another package than this Trainer, {self.package.__name__}: use {module}'s."
+            module = "lightning_slowmo.pl" if self.package == "pytorch_lightning" else "lightning_slowmo"
+            return f"That strategy is for another package than this Trainer, {self.package}: use {module}'s."
         return None
 
 
-def explain_names(registry: Any, package: Any, kind: type) -> None:
+def explain_names(registry: Any, package: str, kind: type) -> None:
     """Let a registry of strategies answer with :class:`Names`.
 
     Args:
         registry: Lightning's, with all names registered.
-        package: the Lightning that it belongs to.
+        package: name of the Lightning that it belongs to.
         kind: this package's strategy for it.
     """
     available = registry.available_strategies

@@ -29,6 +29,7 @@ from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
+from lightning_slowmo.trainer.launching import bring_report_back
 from lightning_slowmo.trainer.loops import LoopsMixin
 from lightning_slowmo.trainer.mistakes import explain_names, explains_arguments, refuse_notebook
 from lightning_slowmo.trainer.optimizers import OptimizersMixin
@@ -56,7 +57,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         shard_slow_state: whether each worker keeps only its share of anchor and slow momentum, 2/n of the parameters
             instead of twice as much as they; at a sync it costs the same traffic.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
-        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync.
+        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync, and a line with the totals to
+            Lightning's log after the fit.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: set by the Trainer, or a plugin of the user's.
@@ -149,12 +151,22 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
                         algorithm=name,
                         start_method=start_method,
                     )
-        explain_names(strategy_registry, cls.package, cls)
+        explain_names(strategy_registry, cls.package.__name__, cls)
 
     @property
-    def report(self) -> SyncReport:
-        """Totals over all syncs of the present or last fit, on this worker."""
+    def report(self) -> SyncReport | None:
+        """Totals over all syncs of the present or last fit; None if there was none, or it is not known here.
+
+        They are this worker's; in the process that spawned the workers, those of rank 0.
+        """
         return self.core.report
+
+    @property
+    def launcher(self) -> Any:
+        """What starts the processes, and brings the report back from them."""
+        launcher = super().launcher
+        bring_report_back(launcher)
+        return launcher
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
@@ -227,6 +239,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         """From now on every collective begins with a meeting."""
         super().on_train_start()
         self.core.training = True
+        self._fit.summary.start()
         self._fit.in_step = self._trainer.global_step == 0  # not known of a checkpoint
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -274,6 +287,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         if private.skips_backward(self._trainer):  # this epoch changes statistics alone, so there is nothing to sync
             return output
         self._fit.reductions.stepped()
+        self._fit.summary.stepped(index)
         with self._flags():
             report = engine.after_step(index)
         if report is not None and self.log_syncs:
@@ -294,9 +308,11 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     # End --------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """All workers end with the consensus."""
+        """All workers end with the consensus, and the first one says what it took."""
         super().on_train_end()
         self._finish()
+        if self.log_syncs:
+            self._fit.summary.log(self.core, self.package)
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave a message for the workers that will wait for this one, and communicate no more.
