@@ -13,7 +13,7 @@ extras-dev := dev
 extras-everything := dev,translation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test oldest translation faults gpu lint format clean
+.PHONY: help setup quickstart test oldest translation faults gpu wheel lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,6 +39,21 @@ faults: .venv/dev.stamp  ## run the slow tests, then COUNT faults drawn from SEE
 gpu: .venv/dev.stamp  ## run what only a GPU can show, in four minutes on one card; skipped where there is none
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
+# The folder is empty, so that what runs there is what was installed.
+wheel: | $(BIN)/uv  ## build wheel and sdist, install them into an empty environment, and train the quickstart from there
+	rm -rf dist .venv-wheel
+	$(BIN)/uv build --out-dir dist
+	$(BIN)/uv venv --python $(BIN)/python .venv-wheel
+	$(BIN)/uv pip install --python .venv-wheel/bin/python --compile-bytecode "$$(ls $(CURDIR)/dist/*.whl)[recipes]"
+	cp examples/quickstart.py .venv-wheel
+	mkdir .venv-wheel/empty
+	cd .venv-wheel/empty && ../bin/python ../quickstart.py
+	cd .venv-wheel/empty && ../bin/slowmo-train experiment=digits/slowmo trainer.max_epochs=2
+	cd .venv-wheel/empty && ../bin/slowmo-report outputs
+	cd .venv-wheel/empty && ../bin/slowmo-plan --params 25.6e6 --step-ms 170 --workers 32 --bandwidth 1gbit
+	$(BIN)/uv pip install --python .venv-wheel/bin/python --no-deps --reinstall dist/*.tar.gz
+	cd .venv-wheel/empty && ../bin/slowmo-reproduce --list
+
 lint: .venv/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,7 +64,7 @@ format: .venv/dev.stamp  ## bring the code into the form that lint wants
 	$(BIN)/ruff format
 
 clean:  ## remove the environments and what runs leave behind
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
+	rm -rf .venv .venv-oldest .venv-wheel dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves and installs in a fraction of pip's time; it is itself installed into .venv.

@@ -34,7 +34,7 @@ from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Header, Reason, Workers, meet
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.consistency import check_on_nonfinite, start_equal
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS, preset
@@ -46,7 +46,7 @@ class StrategyCore:
 
     Args:
         algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
-        sync_timeout: how long a worker waits for the others at a sync.
+        sync_timeout: how long a worker waits for the others at a sync, in seconds or as a timedelta.
         on_nonfinite: ``"raise"`` or ``"skip"``, see :class:`~lightning_slowmo.engine.Engine`.
         workers_per_node: processes of a machine (or ``"all"``) that make up one worker; None: every process is one.
         shard_slow_state: whether each worker keeps only its share of anchor and slow momentum.
@@ -58,6 +58,7 @@ class StrategyCore:
             processes at the same place of every node.
         node: the processes that share every gradient with this one, or None without ``workers_per_node``.
         engine: None until :meth:`make_engine`.
+        returned: the report that came back from workers which this process started.
         training: whether the workers train at present, so that every collective must begin with a meeting. The strategy
             sets it when training starts and ends.
 
@@ -68,19 +69,21 @@ class StrategyCore:
     def __init__(
         self,
         algorithm: str | Algorithm = "slowmo",
-        sync_timeout: timedelta = DEFAULT_TIMEOUT,
+        sync_timeout: timedelta | float = DEFAULT_TIMEOUT,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         workers_per_node: PerNode | None = None,
         shard_slow_state: bool = False,
         offload_slow_state: Literal["cpu"] | None = None,
     ) -> None:
+        if isinstance(algorithm, type) and issubclass(algorithm, Algorithm):
+            raise ValueError(f"algorithm must be a configuration, not a class: write {algorithm.__name__}().")
         if not isinstance(algorithm, (str, Algorithm)):
             raise ValueError(
                 f"algorithm must be the name of a preset ({', '.join(PRESETS)}) or a configuration such as SlowMo(), "
                 f"got {algorithm!r}."
             )
         self.algorithm = preset(algorithm) if isinstance(algorithm, str) else algorithm
-        self.sync_timeout = sync_timeout
+        self.sync_timeout = as_timeout("sync_timeout", sync_timeout)
         self.on_nonfinite = on_nonfinite
         self.workers_per_node = workers_per_node
         self.shard_slow_state = shard_slow_state
@@ -94,6 +97,7 @@ class StrategyCore:
         self.everyone = self.workers = Workers()
         self.node: Workers | None = None
         self.engine: Engine | None = None
+        self.returned: SyncReport | None = None
         self.training = False
         self._world: Any = None
 
@@ -228,9 +232,9 @@ class StrategyCore:
         return self.node is None and not exchange
 
     @property
-    def report(self) -> SyncReport:
-        """Totals over all syncs so far, on this worker."""
-        return self.engine.total if self.engine is not None else SyncReport(count=0)
+    def report(self) -> SyncReport | None:
+        """Totals over all syncs so far, on this worker or those that it started; None without an engine."""
+        return self.engine.total if self.engine is not None else self.returned
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -352,5 +356,5 @@ class StrategyCore:
             self.running.load_local_state(restored.local)
 
 
-_CONNECTED = ("everyone", "workers", "node", "engine", "training", "_world")
+_CONNECTED = ("everyone", "workers", "node", "engine", "returned", "training", "_world")
 """Attributes of a core that exist in one process only, while it is connected to others."""

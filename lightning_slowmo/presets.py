@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from lightning_slowmo.algorithms import (
     BMUF,
     QPRSGD,
@@ -51,9 +54,21 @@ def preset(name: str) -> Algorithm:
     """The configuration of a name.
 
     Raises:
-        ValueError: if there is none; lists the known ones.
+        ValueError: if there is none; names the nearest, and lists the known ones.
     """
     try:
         return PRESETS[name]
     except KeyError:
-        raise ValueError(f"Unknown algorithm {name!r}. Known ones: {', '.join(PRESETS)}.") from None
+        meant = nearest(name, PRESETS)
+        hint = f" Did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"Unknown algorithm {name!r}.{hint} Known ones: {', '.join(PRESETS)}.") from None
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that somebody who wrote ``name`` may have meant; None if none is close.
+
+    Example:
+        >>> nearest("slomo", PRESETS)
+        'slowmo'
+    """
+    return next(iter(get_close_matches(name, list(names), n=1, cutoff=0.75)), None)

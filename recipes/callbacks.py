@@ -58,7 +58,8 @@ class Progress(L.Callback):
         """
         strategy: Any = trainer.strategy
         if isinstance(strategy, OURS):
-            return self._earlier_megabytes + strategy.report.bytes_sent / 1e6
+            report = strategy.report
+            return self._earlier_megabytes + (report.bytes_sent / 1e6 if report is not None else 0.0)
         workers, steps = trainer.world_size, trainer.global_step - self._first_step
         gradients = sum(p.numel() * p.element_size() for p in trainer.lightning_module.parameters() if p.requires_grad)
         return self._earlier_megabytes + steps * gradients * 2 * (workers - 1) / workers / 1e6

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import subprocess
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ def run(config: DictConfig) -> Record | None:
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)  # the last import of them logs for both
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*is deprecated.*")
+    for category in (DeprecationWarning, FutureWarning):  # libraries' news for their own authors
+        warnings.filterwarnings("ignore", category=category)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
     model = instantiate(
@@ -81,7 +86,28 @@ def run(config: DictConfig) -> Record | None:
         **measured,
     )
     record.write(about.folder)
+    print(farewell(record, {name: float(value) for name, value in metrics.items()}, about.folder), flush=True)
     return record
+
+
+def farewell(record: Record, metrics: Mapping[str, float], folder: str) -> str:
+    """What a run ends with: its metrics, what they took, its folder, and the next command.
+
+    Args:
+        record: of the run.
+        metrics: all that were logged last.
+        folder: of the run.
+    """
+    tested = [f"{name} {value:.4g}" for name, value in sorted(metrics.items()) if name.startswith("test/")]
+    took = f"{record.steps} steps on {record.workers} worker{'s' if record.workers > 1 else ''}"
+    where = os.path.relpath(folder)
+    return "\n".join(
+        [
+            ", ".join(tested or [f"{record.metric} {record.value:.4g}"]),
+            f"{took}, {record.ms_per_step:.1f} ms a step, {record.mb_sent:.4g} MB sent per worker",
+            f"In {where}: result.json, csv/metrics.csv, .hydra. A table and plots: slowmo-report {shlex.quote(where)}",
+        ]
+    )
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:

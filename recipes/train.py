@@ -13,23 +13,17 @@ sweep is the whole sweep. Processes that torchrun or srun started, on several ma
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 import hydra
-import torch
-from hydra.utils import instantiate
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from recipes import config as configuration
-from recipes import job
-from recipes.record import Record
-from recipes.simulated import simulated
+if TYPE_CHECKING:
+    from recipes.record import Record
+
+# Torch and Lightning are imported where a run begins: what only shows the configuration needs neither.
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -43,8 +37,17 @@ def main(config: DictConfig) -> float | None:
         ValueError: if the configuration does not fit what it configures.
         FileNotFoundError: if data is missing.
     """
+    from hydra.utils import instantiate
+
+    from recipes import config as configuration
+    from recipes import job
+    from recipes.simulated import simulated
+
     config = DictConfig(OmegaConf.to_container(simulated(config), resolve=True))
     configuration.check(config)
+    if config.trainer.num_nodes == 1 and config.strategy.get("workers_per_node") == "all":
+        print("On one machine each process is a worker: strategy.workers_per_node=all would make one of them all.")
+        config.strategy.workers_per_node = None
     if started_outside():
         record = job.run(config)
         return record.value if record is not None else None
@@ -56,6 +59,8 @@ def main(config: DictConfig) -> float | None:
 
 def started_outside() -> bool:
     """Whether torchrun, srun or the like has started this process as one of the workers."""
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return (
         TorchElasticEnvironment.detect()
@@ -74,15 +79,19 @@ def processes_of(trainer: DictConfig) -> int:
         raise ValueError(
             f"trainer.num_nodes={trainer.num_nodes}: start the processes on each machine with torchrun or srun, for "
             f"example `torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d "
-            "--rdzv-endpoint HOST:PORT -m recipes.train ...`. Or train on this machine alone, with "
-            "trainer.num_nodes=1 trainer.devices=..., and a data.batch_size that makes up for it."
+            "--rdzv-endpoint HOST:PORT -m recipes.train ...`. Or train on this machine alone, with trainer=cpu or "
+            "trainer=gpu, and a data.batch_size that makes up for it."
         )
     devices = trainer.devices
     if isinstance(devices, int) and devices > 0:
         return devices
     if OmegaConf.is_list(devices):
         return len(devices)
-    return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())  # "auto", -1
+    if trainer.accelerator == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())  # "auto", -1
 
 
 def start_workers(config: DictConfig, processes: int) -> Record:
@@ -96,6 +105,14 @@ def start_workers(config: DictConfig, processes: int) -> Record:
     Raises:
         RuntimeError: if a worker failed; says how. The others have been ended.
     """
+    import multiprocessing
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from recipes import job
+
     modules = {config[group]._target_.rpartition(".")[0] for group in ("data", "model")}
     multiprocessing.get_context("forkserver").set_forkserver_preload([job.__name__, *sorted(modules)])
     with tempfile.TemporaryDirectory() as scratch:  # where workers leave word of their errors

@@ -42,6 +42,7 @@ FLOORS = {
     "strategy": 5,
     "pl": 5,
     "__init__": 6,
+    "commands": 6,
     "__about__": 0,
 }
 """The floor of each room: a module or a folder at the top of the package."""

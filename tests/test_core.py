@@ -211,8 +211,9 @@ def test_options_are_pickled_and_connections_are_not():
     ("options", "message"),
     [
         ({"algorithm": "slomo"}, "slomo"),
-        ({"algorithm": SlowMo}, "algorithm must be the name of a preset"),
+        ({"algorithm": SlowMo}, "algorithm must be a configuration, not a class: write SlowMo"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"algorithm": 3}, "algorithm must be the name of a preset"),
         ({"workers_per_node": 0}, "workers_per_node must be"),
     ],
 )
@@ -223,7 +224,7 @@ def test_invalid_options_are_refused_before_anything_starts(options, message):
 
 def test_without_an_engine_the_error_says_what_is_missing():
     core = StrategyCore()
-    assert core.report.count == 0
+    assert core.report is None
     core.meet(Reason.BARRIER)  # nobody is waited for
     with pytest.raises(RuntimeError, match="no engine before the model and its optimizers are set up"):
         core.restore(type("R", (), {"shared": {}, "local": None})())

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import lightning_slowmo
 from lightning_slowmo import PRESETS, Gossip, LocalSGD, SlowMo, Workers
 from lightning_slowmo.communication.probe import Link, measure_link
 from lightning_slowmo.compression import QSGD, SignTopK
@@ -102,11 +103,29 @@ def test_sync_every_is_for_those_that_wait_long():
     [(1e12, "Stay with ddp"), (2e9, "Use slowmo with sync_every=12"), (1e7, "qprsgd, which sends 4 bits")],
 )
 def test_advice_goes_with_the_link(bandwidth, words):
-    assert words in recommend(MODEL, 8, 0.1, Link(bandwidth, 1e-5))
+    assert words in recommend(MODEL, 8, 0.1, Link(bandwidth, 1e-5)).text
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "every", "name", "strategy"),
+    [
+        (1e12, 12, "ddp", '"ddp"'),
+        (2e9, 12, "slowmo", "SlowMoStrategy(SlowMo(sync_every=12))"),
+        (1.5e9, 24, "slowmo", "SlowMoStrategy(SlowMo(sync_every=24))"),
+        (1e7, 12, "qprsgd", "SlowMoStrategy(QPRSGD())"),
+        (1e7, 36, "qprsgd", "SlowMoStrategy(QPRSGD(sync_every=36))"),
+    ],
+)
+def test_what_is_advised_can_be_pasted(bandwidth, every, name, strategy):
+    advice = recommend(MODEL, 8, 0.1, Link(bandwidth, 1e-5), every)
+    assert (advice.name, advice.strategy) == (name, strategy)
+    if name != "ddp":
+        made = eval(strategy, vars(lightning_slowmo))
+        assert made.algorithm == at_period(PRESETS[name], every)
 
 
 def test_the_period_that_is_advised_does_it():
-    text = recommend(MODEL, 8, 0.1, Link(1e8, 1e-5))
+    text = recommend(MODEL, 8, 0.1, Link(1e8, 1e-5)).text
     needed = int(text.split("would need sync_every=")[1].split(".")[0])
     assert predict(SlowMo(sync_every=needed), MODEL, 8, 0.1, Link(1e8, 1e-5)).step <= 0.11
     assert predict(SlowMo(sync_every=needed - 1), MODEL, 8, 0.1, Link(1e8, 1e-5)).step > 0.1099
@@ -163,12 +182,19 @@ def test_the_command_prints_a_table_and_advice(capsys):
     text = capsys.readouterr().out
     assert all(f"| `{name}` |" in text for name in ("ddp", *PRESETS))
     assert "slowmo with sync_every=12" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+    steps = [float(row[2]) for row in rows]
+    assert steps == sorted(steps)
+    [marked] = [row[1] for row in rows if row[0]]
+    advice = recommend(shapes_of(25.6e6), 32, 0.17, Link(1e9, 2e-4))
+    assert marked == f"`{advice.name}`"
+    assert text.endswith(f"\n\n    Trainer(strategy={advice.strategy})\n")
 
 
 def test_the_command_prints_json(capsys):
     main([*COMMAND, "--json", "--sync-every", "48"])
     printed = json.loads(capsys.readouterr().out)
-    assert set(printed) == {"inputs", "predicted", "recommendation"}
+    assert set(printed) == {"inputs", "predicted", "recommendation", "recommended", "strategy"}
     assert printed["inputs"]["bandwidth"] == 1e9
     assert printed["predicted"]["slowmo"]["step"] < printed["predicted"]["ddp"]["step"]
     assert "sync_every=48" in printed["recommendation"]
@@ -217,7 +243,7 @@ def test_the_command_prints_gigabytes_and_gigabits(capsys):
     text = capsys.readouterr().out
     assert "0.1 Gbit/s, 0.2 ms a message" in text
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    ddp = next(row for row in rows if row[1] == "`ddp`")
+    ddp = next(row for row in rows if row[2] == "`ddp`")
     cells = dict(zip(rows[0], ddp, strict=True))
     assert float(cells["GB sent / step"]) == pytest.approx(2 * 31 / 32 * 4 * 25.6e6 / 1e9, rel=1e-3)
     assert float(cells["extra memory, GB"]) == pytest.approx(4 * 25.6e6 / 1e9, rel=1e-3)

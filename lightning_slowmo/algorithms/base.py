@@ -30,6 +30,7 @@ class SyncReport:
         drift: distance of this worker from the mean before the sync, relative to the norm of the mean.
         skipped: messages that a trigger held back.
         count: number of syncs.
+        largest_drift: of the syncs that were added up; 0 in the report of a single one.
     """
 
     bytes_sent: int = 0
@@ -38,6 +39,7 @@ class SyncReport:
     drift: float = 0.0
     skipped: int = 0
     count: int = 1
+    largest_drift: float = 0.0
 
     def __add__(self, later: SyncReport) -> SyncReport:
         """Totals; the drift is that of the later sync."""
@@ -48,11 +50,12 @@ class SyncReport:
             later.drift,
             self.skipped + later.skipped,
             self.count + later.count,
+            max(self.largest_drift, self.drift, later.largest_drift, later.drift),
         )
 
     def metrics(self) -> dict[str, float]:
-        """The report under the names that are logged."""
-        return {f"sync/{name}": float(value) for name, value in vars(self).items()}
+        """The report of a sync under the names that are logged."""
+        return {f"sync/{name}": float(value) for name, value in vars(self).items() if name != "largest_drift"}
 
 
 class Synced(NamedTuple):

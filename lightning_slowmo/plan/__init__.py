@@ -15,7 +15,7 @@ a bucket of gradients as soon as the backward pass has filled it, and waits for 
 to slow down while messages travel.
 """
 
-from lightning_slowmo.plan.advice import GOOD_ENOUGH, LONG, at_period, plan, recommend
+from lightning_slowmo.plan.advice import GOOD_ENOUGH, LONG, Advice, at_period, plan, recommend
 from lightning_slowmo.plan.command import load, main, parser, table
 from lightning_slowmo.plan.measure import measure_costs, measure_handling, measure_step, synthetic
 from lightning_slowmo.plan.model import (
@@ -41,6 +41,7 @@ __all__ = [
     "LONG",
     "SECONDS_HANDLED",
     "TENSORS",
+    "Advice",
     "Costs",
     "Prediction",
     "at_period",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning_slowmo.algorithms import Algorithm, LocalSGD
+from lightning_slowmo.algorithms.source import source
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.plan.model import DDP, Prediction, predict
 from lightning_slowmo.presets import PRESETS
@@ -51,28 +53,60 @@ def plan(
     return rows
 
 
-def recommend(shapes: Sequence[Sequence[int]], workers: int, step: float, link: Link, sync_every: int = 12) -> str:
-    """What to do, in words.
+@dataclass(frozen=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        name: of the row that is recommended: ``"ddp"`` or a preset.
+        strategy: what to write as ``Trainer(strategy=...)``.
+        text: why.
+    """
+
+    name: str
+    strategy: str
+    text: str
+
+
+def recommend(shapes: Sequence[Sequence[int]], workers: int, step: float, link: Link, sync_every: int = 12) -> Advice:
+    """What to do.
 
     The order is that of how little training changes: DDP, local steps with slow momentum, fewer syncs, fewer bits.
     """
     ddp = predict(DDP(), shapes, workers, step, link).step
+    stay = partial(Advice, "ddp", '"ddp"')
     if workers == 1:
-        return "There is one worker: nothing to communicate."
+        return stay("There is one worker: nothing to communicate.")
     if ddp <= GOOD_ENOUGH * step:
-        return f"Stay with ddp: it takes {ddp / step:.2f} times the computation, so there is little to gain."
-    slowmo = at_period(PRESETS["slowmo"], sync_every)
+        return stay(f"Stay with ddp: it takes {ddp / step:.2f} times the computation, so there is little to gain.")
+    slowmo, qprsgd = (at_period(PRESETS[name], sync_every) for name in ("slowmo", "qprsgd"))
     takes = predict(slowmo, shapes, workers, step, link).step
     if takes <= GOOD_ENOUGH * step:
         text = f"Use slowmo with sync_every={sync_every}: {ddp / takes:.1f} times as fast as ddp"
-        return f"{text}, {takes / step:.2f} times the computation."
+        return Advice("slowmo", strategy_of(slowmo), f"{text}, {takes / step:.2f} times the computation.")
     text = f"slowmo with sync_every={sync_every} takes {takes / step:.2f} times the computation"
     text += f" ({ddp / takes:.1f} times as fast as ddp)" if ddp > takes else ", more than ddp"
-    quantized = predict(at_period(PRESETS["qprsgd"], sync_every), shapes, workers, step, link).step
+    quantized = predict(qprsgd, shapes, workers, step, link).step
     needed = math.ceil(sync_every * (takes - step) / ((GOOD_ENOUGH - 1) * step))
     text += f"; {GOOD_ENOUGH:g} times would need sync_every={needed}."
     if quantized < takes:
         text += f" qprsgd, which sends 4 bits an element, takes {quantized / step:.2f} times at {sync_every}."
     if quantized > GOOD_ENOUGH * step:
         text += " At such a period expect to tune: diloco is made for hundreds of steps between syncs."
-    return text
+    if min(takes, quantized) >= ddp:
+        return stay(text)
+    name, algorithm = ("slowmo", slowmo) if takes <= quantized else ("qprsgd", qprsgd)
+    return Advice(name, strategy_of(algorithm), text)
+
+
+def strategy_of(algorithm: Algorithm) -> str:
+    """What to write as ``Trainer(strategy=...)`` for a configuration.
+
+    Example:
+        >>> strategy_of(PRESETS["slowmo"])
+        'SlowMoStrategy(SlowMo(sync_every=12))'
+    """
+    written = source(algorithm)
+    if written == "SlowMo()":  # the number that there is most to say about
+        written = f"SlowMo(sync_every={PRESETS['slowmo'].sync_every})"  # type: ignore[attr-defined]
+    return f"SlowMoStrategy({written})"

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,24 +27,24 @@ Setting = tuple[list[tuple[int, ...]], float, Link, int]
 """Shapes of the parameters, seconds of a step, the link, and the number of workers."""
 
 
-def table(rows: Mapping[str, Prediction | str], step: float) -> str:
-    """Predictions as Markdown.
+def table(rows: Mapping[str, Prediction | str], step: float, recommended: str | None = None) -> str:
+    """Predictions as Markdown, the fastest first.
 
     Args:
         rows: predictions by name, ``"ddp"`` among them; a text says why there is none, and is added below the table.
         step: seconds of a step of one worker alone.
+        recommended: name of the row to mark.
     """
     ddp = rows["ddp"]
     assert isinstance(ddp, Prediction)
-    lines = [["strategy", "ms / step", "÷ computation", "speed-up over ddp", "GB sent / step", "extra memory, GB"]]
+    lines = [["", "strategy", "ms / step", "÷ computation", "speed-up over ddp", "GB sent / step", "extra memory, GB"]]
     lines.append(["---"] * len(lines[0]))
-    notes = []
-    for name, row in rows.items():
-        if isinstance(row, str):
-            notes.append(f"`{name}`: {row}")
-            continue
+    predicted = {name: row for name, row in rows.items() if isinstance(row, Prediction)}
+    for name, row in sorted(predicted.items(), key=lambda item: item[1].step):
         cells = [f"{1e3 * row.step:.1f}", f"{row.step / step:.2f}", f"{ddp.step / row.step:.2f}"]
-        lines.append([f"`{name}`", *cells, f"{row.sent / 1e9:.4g}", f"{row.memory / 1e9:.4g}"])
+        mark = "→" if name == recommended else ""
+        lines.append([mark, f"`{name}`", *cells, f"{row.sent / 1e9:.4g}", f"{row.memory / 1e9:.4g}"])
+    notes = [f"`{name}`: {row}" for name, row in rows.items() if isinstance(row, str)]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes])
 
 
@@ -89,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def run() -> None:
+    """The command of the process's arguments; what is wrong with them is an error without a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 def main(command: Sequence[str] | None = None) -> None:
     """Plan, as the command line says, and print it.
 
@@ -112,11 +121,12 @@ def main(command: Sequence[str] | None = None) -> None:
     if given.json:
         known = {name: asdict(row) if isinstance(row, Prediction) else row for name, row in rows.items()}
         inputs = {"params": numel, "step": step, "workers": workers, **asdict(link)}
-        print(json.dumps({"inputs": inputs, "predicted": known, "recommendation": advice}, indent=2))
+        told = {"recommendation": advice.text, "recommended": advice.name, "strategy": advice.strategy}
+        print(json.dumps({"inputs": inputs, "predicted": known, **told}, indent=2))
         return
     print(f"{numel:,} parameters, {1e3 * step:.1f} ms of computation a step, {workers} workers,")
     print(f"{link.bandwidth / 1e9:.4g} Gbit/s, {1e3 * link.latency:.3g} ms a message: predicted")
-    print(f"\n{table(rows, step)}\n\n{advice}")
+    print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n    Trainer(strategy={advice.strategy})")
 
 
 def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Reason
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.trainer.signals import Signals
+from lightning_slowmo.trainer.summary import Summary
 from lightning_slowmo.trainer.warnings import MetricReductions
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Fit:
         restored: what was read from the checkpoint that this fit resumes, until the engine takes it.
         signals: the Trainer's signals, taken over from set-up to teardown.
         reductions: counts the steps that reduced a metric.
+        summary: counts what is said after the fit.
         undo: functions that restore what was changed in Lightning and in the optimizers; called last to first.
     """
 
@@ -47,6 +49,7 @@ class Fit:
     restored: Restored = field(default_factory=Restored)
     signals: Signals | None = None
     reductions: MetricReductions = field(default_factory=MetricReductions)
+    summary: Summary = field(default_factory=Summary)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 

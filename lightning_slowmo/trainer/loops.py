@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_slowmo import private
 from lightning_slowmo.communication import Reason, SyncError
 from lightning_slowmo.trainer.base import StrategyPart
+from lightning_slowmo.trainer.summary import steps_left, warn_of_few_steps
 
 
 class LoopsMixin(StrategyPart):
@@ -47,12 +48,18 @@ class LoopsMixin(StrategyPart):
             self.core.training = False
 
     def _start_without_batches(self) -> None:
-        """Keep the Trainer from skipping the fit on a worker whose loader is empty while others have batches."""
+        """Keep the Trainer from skipping the fit on a worker whose loader is empty while others have batches.
+
+        The same lengths say whether there are enough of them for a sync.
+        """
         fit = self._trainer.fit_loop
         fit.setup_data()
         lengths = [length for (length,) in self.core.everyone.gather([float(fit.max_batches)])]
         if fit.max_batches == 0 and any(lengths):
             fit.max_batches = math.inf
+        if not self.core.everyone.alone and self._trainer.lightning_module.automatic_optimization:
+            left = steps_left(self._trainer, self.package, max(lengths))
+            warn_of_few_steps(self.core.algorithm, left, self.core.running.units[0].innermost.pending)
 
     def _finish(self) -> None:
         """All workers get the consensus, and training ends."""

@@ -22,7 +22,7 @@ from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
 from lightning_slowmo.communication import nccl
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
 from lightning_slowmo.trainer import rendezvous
@@ -30,7 +30,9 @@ from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin
 from lightning_slowmo.trainer.collectives import CollectivesMixin
+from lightning_slowmo.trainer.launching import bring_report_back
 from lightning_slowmo.trainer.loops import LoopsMixin
+from lightning_slowmo.trainer.mistakes import explain_names, explains_arguments, refuse_notebook
 from lightning_slowmo.trainer.optimizers import OptimizersMixin
 from lightning_slowmo.trainer.signals import Signals
 from lightning_slowmo.trainer.warnings import warn_of_callbacks
@@ -46,8 +48,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
 
     Args:
         algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
-        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for;
-            by default as long as ``timeout``.
+        sync_timeout: how long a worker waits for the others at a sync before it gives up and says whom it waited for,
+            in seconds or as a timedelta; by default as long as ``timeout``.
         on_nonfinite: what happens when a worker's parameters have become NaN or infinite: ``"raise"`` on all workers
             before anything is averaged, or ``"skip"`` that worker and give it the mean of the others.
         workers_per_node: processes of a machine (or ``"all"``) that make up one worker: DDP averages their gradients
@@ -56,7 +58,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         shard_slow_state: whether each worker keeps only its share of anchor and slow momentum, 2/n of the parameters
             instead of twice as much as they; at a sync it costs the same traffic.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
-        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync.
+        log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync, and a line with the totals to
+            Lightning's log after the fit.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: set by the Trainer, or a plugin of the user's.
@@ -64,11 +67,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         precision_plugin: set by the Trainer, or a plugin of the user's.
         process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs. With gloo, what
             GPUs hold travels through host memory.
-        timeout: limit for the operations of torch.distributed.
+        timeout: limit for the operations of torch.distributed, in seconds or as a timedelta.
         start_method: how processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
     Raises:
         ValueError: if the algorithm's name is unknown; lists the known ones.
+        TypeError: for other arguments; says what to write instead.
     """
 
     strategy_name = "slowmo"
@@ -83,10 +87,11 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     workers = _of_core("workers")
     engine = _of_core("engine")
 
+    @explains_arguments
     def __init__(
         self,
         algorithm: str | Algorithm = "slowmo",
-        sync_timeout: timedelta | None = None,
+        sync_timeout: timedelta | float | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         workers_per_node: int | Literal["all"] | None = None,
         ddp_kwargs: dict[str, Any] | None = None,
@@ -99,9 +104,10 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        timeout: timedelta | float | None = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        limit = None if timeout is None else as_timeout("timeout", timeout)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -109,12 +115,12 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
-            timeout=timeout,
+            timeout=limit,
             start_method=start_method,
         )
         self.core = StrategyCore(
             algorithm,
-            sync_timeout or timeout or DEFAULT_TIMEOUT,
+            sync_timeout if sync_timeout is not None else limit or DEFAULT_TIMEOUT,
             on_nonfinite,
             workers_per_node,
             shard_slow_state,
@@ -122,6 +128,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         )
         self.ddp_kwargs = ddp_kwargs or {}
         self.log_syncs = log_syncs
+        self.start_method = start_method
         if self.ddp_kwargs and workers_per_node is None:
             raise ValueError(
                 "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
@@ -145,13 +152,29 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
                         algorithm=name,
                         start_method=start_method,
                     )
+        explain_names(strategy_registry, cls.package.__name__, cls)
 
     @property
-    def report(self) -> SyncReport:
-        """Totals over all syncs of the present or last fit, on this worker."""
+    def report(self) -> SyncReport | None:
+        """Totals over all syncs of the present or last fit; None if there was none, or it is not known here.
+
+        They are this worker's; in the process that spawned the workers, those of rank 0.
+        """
         return self.core.report
 
+    @property
+    def launcher(self) -> Any:
+        """What starts the processes, and brings the report back from them."""
+        launcher = super().launcher
+        bring_report_back(launcher)
+        return launcher
+
     # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def set_world_ranks(self) -> None:
+        """Take over the ranks; the Trainer calls this when it is made, so that it refuses where it cannot work."""
+        refuse_notebook(self.algorithm, self.start_method)
+        super().set_world_ranks()
 
     def setup_environment(self) -> None:
         """Refuse devices and plugins that cannot work, before anything is started."""
@@ -218,6 +241,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         """From now on every collective begins with a meeting."""
         super().on_train_start()
         self.core.training = True
+        self._fit.summary.start()
         self._fit.in_step = self._trainer.global_step == 0  # not known of a checkpoint
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -265,6 +289,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         if private.skips_backward(self._trainer):  # this epoch changes statistics alone, so there is nothing to sync
             return output
         self._fit.reductions.stepped()
+        self._fit.summary.stepped(index)
         with self._flags():
             report = engine.after_step(index)
         if report is not None and self.log_syncs:
@@ -285,9 +310,11 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     # End --------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """All workers end with the consensus."""
+        """All workers end with the consensus, and the first one says what it took."""
         super().on_train_end()
         self._finish()
+        if self.log_syncs:
+            self._fit.summary.log(self.core, self.package)
 
     def on_exception(self, exception: BaseException) -> None:
         """Leave a message for the workers that will wait for this one, and communicate no more.

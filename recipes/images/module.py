@@ -57,7 +57,7 @@ class ImageClassifier(L.LightningModule):
         """The loss of a batch."""
         images, labels = batch
         loss = self.loss(self(images), labels)
-        self.log("train/loss", loss)
+        self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

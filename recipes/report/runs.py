@@ -16,6 +16,9 @@ from recipes.record import FILE, Record
 METRICS = Path("csv", "metrics.csv")
 """What the CSV logger writes, in a run's folder."""
 
+NAMED = 3
+"""How many unfinished runs are named; the others are counted."""
+
 NOT_SETTINGS = (
     *("seed", "experiment", "strategy", "data", "model", "metric", "mode", "sweep_name", "ckpt_path"),
     *("data.root", "data.cache", "data.num_workers", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
@@ -152,19 +155,23 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         folders: of single runs, or of many.
 
     Returns:
-        The runs, and one line on each folder that holds an unfinished or unreadable one.
+        The runs; one line that counts those that have not finished, and one on each that cannot be read.
     """
     runs: list[Run] = []
     remarks: list[str] = []
+    unfinished: list[str] = []
     for folder in sorted({found.resolve() for top in folders for found in _candidates(top)}):
         try:
             record = Record.read(folder)
             _check(record)
             runs.append(Run(folder, record, read_history(folder / METRICS)))
         except FileNotFoundError:
-            remarks.append(f"{_tail(folder)} has not finished: it has no {FILE}.")
+            unfinished.append(_tail(folder))
         except ValueError as error:
             remarks.append(f"{_tail(folder)} cannot be read: {' '.join(str(error).split())}")
+    if unfinished:
+        named = ", ".join(unfinished[:NAMED]) + (", ..." if len(unfinished) > NAMED else "")
+        remarks.insert(0, f"Not finished, or failed: {len(unfinished)} ({named}).")
     return runs, remarks
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from recipes.translation.quiet_fairseq import sacremoses  # isort: skip
 from fairseq.data.iterators import EpochBatchIterator
@@ -76,6 +78,8 @@ class TranslationData(L.LightningDataModule):
         text: how to prepare raw text. None: the data in ``root`` are binarized already.
         max_tokens: at most so many tokens in a batch of a worker, padding included, on either side.
         test_max_tokens: likewise for validation and test; None: as many as for training.
+        max_length: sentences of more tokens than this, on either side, are left out, and it is said how many; None: of
+            more than a batch or the model takes.
         batch_multiple: make the number of sentences in a batch a multiple of this, where they are more.
         num_workers: processes that load data for each worker.
         seed: of the shuffle; must be equal on all workers.
@@ -83,7 +87,7 @@ class TranslationData(L.LightningDataModule):
 
     Raises:
         FileNotFoundError: if the data are not there; says how to get them.
-        ValueError: if a sentence is longer than ``max_tokens``.
+        ValueError: if ``max_length`` is more than ``max_tokens``.
     """
 
     def __init__(
@@ -94,18 +98,22 @@ class TranslationData(L.LightningDataModule):
         text: RawText | None = None,
         max_tokens: int = 3584,
         test_max_tokens: int | None = None,
+        max_length: int | None = None,
         batch_multiple: int = 8,
         num_workers: int = 0,
         seed: int = 1,
         bpe: str = "@@ ",
     ) -> None:
         super().__init__()
+        if max_length is not None and not 0 < max_length <= max_tokens:
+            raise ValueError(f"max_length must be from 1 to max_tokens, which is {max_tokens}, got {max_length}.")
         self.root = Path(root).expanduser().absolute()
         self.source = source
         self.target = target
         self.text = text
         self.max_tokens = max_tokens
         self.test_max_tokens = test_max_tokens or max_tokens
+        self.max_length = max_length
         self.batch_multiple = batch_multiple
         self.num_workers = num_workers
         self.seed = seed
@@ -188,15 +196,22 @@ class TranslationData(L.LightningDataModule):
 
     def _iterator(self, split: str, max_tokens: int) -> EpochBatchIterator:
         dataset = self.task.dataset(split)
-        longest = max(dataset.src_sizes.max(), dataset.tgt_sizes.max())
-        if longest > min(max_tokens, *self.task.max_positions()):
+        longest = min(max_tokens, *self.task.max_positions(), self.max_length or max_tokens)
+        left_out = int((np.maximum(dataset.src_sizes, dataset.tgt_sizes) > longest).sum())
+        if left_out == len(dataset):
             raise ValueError(
-                f"A sentence of {split} has {longest} tokens, but a batch may have {max_tokens} and a sentence "
-                f"{min(self.task.max_positions())}. Raise data.max_tokens, or leave long sentences out of the data."
+                f"Every sentence of {split} has more than {longest} tokens. Raise data.max_length and data.max_tokens."
+            )
+        if left_out:
+            rank_zero_warn(
+                f"{left_out} of {len(dataset)} sentences of {split} have more than {longest} tokens and are left out "
+                "(data.max_length, data.max_tokens, data.test_max_tokens)."
             )
         return self.task.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,
+            max_positions=(longest, longest),
+            ignore_invalid_inputs=True,
             required_batch_size_multiple=self.batch_multiple,
             seed=self.seed,
             num_shards=self.trainer.world_size if self.trainer else 1,

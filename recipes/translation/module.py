@@ -136,7 +136,7 @@ class Translation(L.LightningModule):
         """The loss per token of this worker's batch."""
         loss, tokens, _ = self.criterion(self.network, batch)
         loss = loss / tokens
-        self.log("train/loss", loss.detach() / math.log(2), batch_size=tokens)
+        self.log("train/loss", loss.detach() / math.log(2), batch_size=tokens, prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:

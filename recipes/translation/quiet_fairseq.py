@@ -7,6 +7,7 @@ which Hydra would from then on, in the second run of a sweep, validate files of 
 
 import copy
 import logging
+import warnings
 
 from hydra.core.config_store import ConfigStore
 
@@ -18,11 +19,13 @@ _handlers, _level = list(_root.handlers), _root.level
 _store = ConfigStore.instance()
 _stored = copy.deepcopy(_store.repo)
 try:
-    import fairseq
-    import fairseq_cli.preprocess
-    import sacrebleu
-    import sacremoses
-    import subword_nmt
+    with warnings.catch_warnings():  # deprecated calls of fairseq's own, once in each process
+        warnings.simplefilter("ignore")
+        import fairseq
+        import fairseq_cli.preprocess
+        import sacrebleu
+        import sacremoses
+        import subword_nmt
 except ImportError as error:
     raise ImportError(
         f"Translation needs fairseq, sacrebleu, sacremoses and subword-nmt, but {error.name!r} cannot be imported. "

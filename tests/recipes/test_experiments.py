@@ -55,6 +55,28 @@ def test_it_composes_and_fits_what_it_configures(experiment, tmp_path):
     assert paper.unstated
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_trainer_cpu_puts_it_on_this_machines_processor(experiment, tmp_path):
+    trainer = configuration(tmp_path, [f"experiment={experiment}", "trainer=cpu"]).trainer
+    assert (trainer.accelerator, trainer.num_nodes, trainer.precision) == ("cpu", 1, "32-true")
+    assert trainer.devices in (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "machines"),
+    [
+        ("cifar10/sgp", (32, 1, "32-true")),
+        ("imagenet/sgp", (32, 8, "32-true")),
+        ("wmt16/sgp", (8, 8, "16-mixed")),
+        ("choco/sign", (1, 8, "32-true")),
+    ],
+)
+def test_the_papers_machines_are_the_default(experiment, machines, tmp_path):
+    trainer = configuration(tmp_path, [f"experiment={experiment}"]).trainer
+    assert (trainer.num_nodes, trainer.devices, trainer.precision) == machines
+    assert trainer.accelerator == "gpu"
+
+
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.endswith("tau_sweep")])
 def test_a_sweep_runs_by_itself_over_keys_that_exist(experiment, tmp_path):
     from hydra import compose, initialize_config_dir

@@ -163,9 +163,10 @@ def test_unfinished_and_broken_runs_are_named_and_left_out(outputs, tmp_path, ca
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert len(lines) == 5
-    for name in ("stopped has not finished", "no_number cannot be read: value is None", "no_json cannot be read",
+    for name in ("no_number cannot be read: value is None", "no_json cannot be read",
                  "other_json cannot be read", "cut_csv cannot be read: csv/metrics.csv is damaged"):  # fmt: skip
         assert sum(f"mixed/{name}" in line for line in lines) == 1, name
+    assert re.fullmatch(r"Not finished, or failed: 1 \(.*mixed/stopped\)\.", lines[0])
     assert re.search(r"\| ddp \| [\d.]+ \|.*\| 1 \|", said.out)
 
 

@@ -335,6 +335,25 @@ def test_every_experiment_trains(folder, tmp_path):
             assert {"title", "arxiv", "table", "row", "value", "unit", "unstated"} <= set(made.paper) | {"unit"}
 
 
+def test_long_sentences_are_left_out_and_counted(folder):
+    import numpy as np
+
+    from recipes.translation import TranslationData
+
+    data = TranslationData(folder / "binarized", max_tokens=100, batch_multiple=1)
+    data.setup("fit")
+    dataset = data.task.dataset("train")
+    lengths = np.maximum(dataset.src_sizes, dataset.tgt_sizes)
+    data.max_length = limit = int(np.median(lengths))
+    longer = int((lengths > limit).sum())
+    assert 0 < longer < len(lengths)
+    expected = f"{longer} of {len(lengths)} sentences of train have more than {limit} tokens and are left out"
+    with pytest.warns(UserWarning, match=expected):
+        batches = data.train_dataloader()
+    kept = {index for batch in batches.iterator.frozen_batches for index in batch}
+    assert kept == set(np.flatnonzero(lengths <= limit))
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 
@@ -353,10 +372,12 @@ def test_errors_say_what_to_do(folder, tmp_path):
         Translation("transformer_tiny", torch.optim.Adam, settings={"encoder_layer": 2})
     with pytest.raises(ValueError, match=r"knows no beams among its generation. Did you mean beam"):
         Translation("transformer_tiny", torch.optim.Adam, generation={"beams": 2})
-    data = TranslationData(folder / "binarized", max_tokens=5)
+    data = TranslationData(folder / "binarized", max_tokens=1)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"A sentence of train has \d+ tokens, but a batch may have 5"):
+    with pytest.raises(ValueError, match=r"Every sentence of train has more than 1 tokens. Raise data.max_length"):
         data.train_dataloader()
+    with pytest.raises(ValueError, match="max_length must be from 1 to max_tokens, which is 5, got 6"):
+        TranslationData(folder / "binarized", max_tokens=5, max_length=6)
     (tmp_path / "uneven").mkdir()
     write_text(tmp_path / "uneven")
     with gzip.open(tmp_path / "uneven" / "valid.de.gz", "at") as file:

@@ -41,6 +41,10 @@ def test_popen_spawn_fork_and_torchrun_train_the_same_model(tmp_path):
         models[name] = launch([*command, str(folder)], folder)
     expected = models["popen"]["0"]
     assert distance(expected, numbers(Regression())) > 1e-2
+    reports = {name: written.pop("report") for name, written in models.items()}
+    assert reports["popen"]["count"] > 0
+    assert reports["popen"]["largest_drift"] >= reports["popen"]["drift"] > 0
     for name, written in models.items():
+        assert reports[name] == reports["popen"], name
         assert written.keys() == {"0", "1", "afterwards"}, name
         assert written["0"] == written["1"] == written["afterwards"] == expected, name
