@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_slowmo import private
+from lightning_slowmo.algorithms import PostLocal
 from lightning_slowmo.averaging import average_tensors
 from lightning_slowmo.buffers import shared
 from lightning_slowmo.communication.broadcast import broadcast_tensors
@@ -37,20 +38,21 @@ class AtSyncMixin(EMAWeightAveraging):
         Trainer(strategy="slowmo", callbacks=EMAAtSync(decay=0.9))
     """
 
-    _at_syncs = False
+    _core: StrategyCore | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start from rank 0's average: this callback copied the model before the workers were given the same one."""
         super().on_fit_start(trainer, pl_module)
         core = getattr(trainer.strategy, "core", None)
-        self._at_syncs = isinstance(core, StrategyCore) and not core.exchanges_gradients
+        self._core = core if isinstance(core, StrategyCore) else None
         if isinstance(core, StrategyCore):
             with torch.no_grad():
                 broadcast_tensors(list(private.averaged_model(self).state_dict().values()), core.everyone)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Not when Lightning asks, if there are syncs to wait for."""
-        return not self._at_syncs and super().should_update(step_idx, epoch_idx)
+        at_syncs = self._core is not None and not self._core.exchanges_gradients
+        return not at_syncs and super().should_update(step_idx, epoch_idx)
 
     def on_sync(self, trainer: Any, pl_module: Any) -> None:
         """Take the workers' common weights into the average, and the mean of their buffers.
@@ -135,7 +137,8 @@ def refuse_local_pruning(trainer: Any, core: StrategyCore, package: ModuleType) 
     Raises:
         ValueError: if there is one, and workers that may differ.
     """
-    if core.everyone.alone or core.exchanges_gradients:
+    becomes_local = isinstance(getattr(core.algorithm, "sync_every", None), PostLocal)
+    if core.everyone.alone or (core.exchanges_gradients and not becomes_local):
         return
     for callback in trainer.callbacks:
         if isinstance(callback, package.callbacks.ModelPruning) and not isinstance(callback, PruneConsensusMixin):

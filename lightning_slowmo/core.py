@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.algorithms.clock import start_epoch
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Header, Reason, Workers, meet
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
@@ -230,6 +231,10 @@ class StrategyCore:
         """Whether a worker may compute no gradients in a step: whether no others wait for them."""
         exchange = any(unit.innermost.exchanges_gradients for unit in self.running.units)
         return self.node is None and not exchange
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell schedules that go by epochs which one begins, from 0."""
+        start_epoch(self.running.units, epoch)
 
     @property
     def report(self) -> SyncReport | None:

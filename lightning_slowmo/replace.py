@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
 from lightning_slowmo.engine import Engine
 
 Path = tuple[str, ...]
@@ -41,6 +42,10 @@ def carry_over(old: Engine, new: Engine) -> None:
                 by_parameter |= {(path, id(p)): entry for p, entry in zip(parameters, value, strict=True)}
             else:
                 others[-1][path] = value
+    if any(isinstance(unit, RunningPostLocal) and unit.started for unit in old.units):
+        for unit in new.units:
+            if isinstance(unit, RunningPostLocal):
+                unit.begin()
     state = new.shared_state()
     for index, unit in enumerate(new.units):
         before = others[index] if index < len(others) else {}

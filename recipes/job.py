@@ -79,7 +79,7 @@ def run(config: DictConfig) -> Record | None:
         mode=config.mode,
         value=float(metrics[config.metric]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sync_every=getattr(algorithm, "sync_every", None),
+        sync_every=every if isinstance(every := getattr(algorithm, "sync_every", None), int) else None,
         slow_momentum=getattr(algorithm, "slow_momentum", None),
         versions=versions(),
         paper=settings["paper"],

@@ -9,6 +9,7 @@ from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
 from lightning_slowmo.algorithms.quantized_averaging import QPRSGD
+from lightning_slowmo.algorithms.schedules import QSR, PostLocal, Schedule, Stages
 from lightning_slowmo.algorithms.sensed_sgd import SensedSGD
 from lightning_slowmo.algorithms.sketched_sgd import SketchedSGD
 from lightning_slowmo.algorithms.slow_momentum import SlowMo
@@ -17,18 +18,22 @@ from lightning_slowmo.algorithms.squeezed_adam import APMSqueeze
 __all__ = [
     "BMUF",
     "QPRSGD",
+    "QSR",
     "APMSqueeze",
     "Algorithm",
     "AllReduce",
     "DiLoCo",
     "Gossip",
     "LocalSGD",
+    "PostLocal",
     "Round",
     "Running",
     "SQuARM",
+    "Schedule",
     "SensedSGD",
     "SketchedSGD",
     "SlowMo",
+    "Stages",
     "SyncReport",
     "Threshold",
     "suggest_consensus_step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,9 @@ from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Compressor
 from lightning_slowmo.parameters import Layout
+
+if TYPE_CHECKING:
+    from lightning_slowmo.algorithms.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class Algorithm(ABC):
 
     @property
     def kind(self) -> str:
-        """What decides whether saved state fits: the class, whether it compresses, and the kind of its base."""
+        """What decides whether saved state fits: class, schedule, whether it compresses, and the kind of its base."""
         base, compressor = getattr(self, "base", None), getattr(self, "compressor", None)
-        kind = type(self).__name__ + (" with compressor" if compressor is not None else "")
+        kind = type(self).__name__ + getattr(getattr(self, "sync_every", None), "kind", "")
+        kind += " with compressor" if compressor is not None else ""
         return kind + (f" over {base.kind}" if base is not None else "")
 
     @abstractmethod
@@ -139,7 +143,10 @@ class Running(ABC):
             it is no outer loop.
         pending: local steps since the parameters were last averaged; on the innermost algorithm alone.
         loss_scale: what a gradient scaler has multiplied this worker's gradients by; None if there is no scaler.
+        clock: says how long a period is; None for algorithms without periods.
     """
+
+    clock: Clock | None = None
 
     exchanges_gradients = False
     """Whether :meth:`sync_gradients` communicates."""
@@ -262,16 +269,3 @@ def check_compressor(value: Any) -> None:
     """Raise ValueError unless ``value`` is a compressor."""
     if not isinstance(value, Compressor):
         raise ValueError(f"compressor must be a compressor such as QSGD(bits=4), got {value!r}.")
-
-
-def check_streaming(sync_every: int, overlap: Any, fragments: Any) -> None:
-    """Raise ValueError unless ``fragments`` divides ``sync_every``, and ``overlap`` ends before the next sync."""
-    check_period("overlap", overlap, least=0)
-    check_period("fragments", fragments)
-    if sync_every % fragments:
-        raise ValueError(f"fragments must divide sync_every, which is {sync_every}, got {fragments!r}.")
-    if overlap >= sync_every // fragments:
-        raise ValueError(
-            f"overlap must be less than the {sync_every // fragments} steps between two syncs (sync_every / fragments),"
-            f" got {overlap!r}."
-        )

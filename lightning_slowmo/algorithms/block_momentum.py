@@ -27,11 +27,20 @@ from lightning_slowmo.algorithms.base import (
     check_momentum,
     check_period,
     check_rate,
-    check_streaming,
 )
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import local_steps
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import (
+    PostLocal,
+    Schedule,
+    check_streaming,
+    check_sync_every,
+    divided,
+    header,
+    usual,
+)
 from lightning_slowmo.arithmetic import add, multiply, subtract
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
@@ -43,7 +52,7 @@ class BMUF(Algorithm):
     """Block momentum over local steps. At a constant learning rate the classical form is SlowMo's.
 
     Args:
-        sync_every: optimizer steps in a block.
+        sync_every: optimizer steps in a block, or a schedule, see :class:`~lightning_slowmo.LocalSGD`.
         block_momentum: eta, in [0, 1); None is the paper's rule 1 - 1/n for n workers.
         block_lr: zeta.
         nesterov: Nesterov block momentum instead of the classical one.
@@ -58,7 +67,7 @@ class BMUF(Algorithm):
 
     is_outer_loop: ClassVar[bool] = True
 
-    sync_every: int = 50
+    sync_every: int | Schedule = 50
     block_momentum: float | None = None
     block_lr: float = 1.0
     nesterov: bool = False
@@ -68,7 +77,7 @@ class BMUF(Algorithm):
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         if self.block_momentum is not None:
             check_momentum("block_momentum", self.block_momentum)
         check_rate("block_lr", self.block_lr)
@@ -78,13 +87,16 @@ class BMUF(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         return RunningBMUF(self, optimizer, workers)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
         """An average of the parameters at the end of each block, and of the optimizer's buffers if so configured."""
         mean = self.average_sync(layout, workers)
         whole = traffic.together(1, *([mean, mean] if self.inner_buffers == "average" else [mean]))
-        return traffic.averages(self.sync_every, traffic.header(workers), whole, self.overlap, self.fragments)
+        head = header(self.sync_every, workers)
+        return traffic.averages(usual(self.sync_every), head, whole, self.overlap, self.fragments)
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """Anchor and block momentum."""
@@ -142,7 +154,8 @@ class RunningBMUF(RunningOuterLoop):
 
     def __init__(self, config: BMUF, optimizer: Optimizer, workers: Workers) -> None:
         base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments)
-        super().__init__(base, config.sync_every // config.fragments, config.inner_buffers, optimizer, workers)
+        every = divided(config.sync_every, config.fragments)
+        super().__init__(base, every, config.inner_buffers, optimizer, workers)
         self.config = config
         self.block_momentum = 1 - 1 / workers.size if config.block_momentum is None else config.block_momentum
         self.blocks = 0
@@ -154,9 +167,14 @@ class RunningBMUF(RunningOuterLoop):
             "block_momentum": self.block_momentum,
             "block_lr": self.config.block_lr,
             "nesterov": self.config.nesterov,
-            "warming_up": self.blocks * self.sync_every <= self.config.warmup_steps,
+            "warming_up": self._steps_done() <= self.config.warmup_steps,
         }
         return [numbers] * len(self.optimizer.param_groups)
+
+    def _steps_done(self) -> int:
+        """Optimizer steps until the end of this block."""
+        every = self.clock.schedule
+        return self.blocks * every if isinstance(every, int) else self.clock.taken
 
     def slow_state(self) -> dict[str, object]:
         """Anchor, momentum, and the number of blocks done."""

@@ -35,6 +35,8 @@ from lightning_slowmo.algorithms.base import (
 )
 from lightning_slowmo.algorithms.consensus_step import largest_consensus_step, suggest_consensus_step, symmetric
 from lightning_slowmo.algorithms.estimates import RunningEstimates
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import PostLocal, Schedule, check_sync_every, header, usual
 from lightning_slowmo.averaging.compressed import generators
 from lightning_slowmo.averaging.drift import Drift
 from lightning_slowmo.communication.meeting import Round
@@ -85,7 +87,8 @@ class SQuARM(Algorithm):
 
     Args:
         topology: who sends to whom, see :class:`~lightning_slowmo.Gossip`: symmetric, and the same at every step.
-        sync_every: optimizer steps between syncs, the paper's H.
+        sync_every: optimizer steps between syncs, the paper's H; or a schedule, as for
+            :class:`~lightning_slowmo.LocalSGD`.
         compressor: how differences are compressed; it must contract. Shares are of each tensor.
         consensus_step: gamma; None takes :func:`suggest_consensus_step`. One that lets the workers drift apart gives a
             warning before training.
@@ -105,7 +108,7 @@ class SQuARM(Algorithm):
     """
 
     topology: Any = "ring"
-    sync_every: int = 5
+    sync_every: int | Schedule = 5
     compressor: Compressor = field(default_factory=lambda: SignTopK(0.01))
     consensus_step: float | None = None
     trigger: Threshold = field(default_factory=Threshold)
@@ -114,7 +117,7 @@ class SQuARM(Algorithm):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         check_compressor(self.compressor)
         if self.consensus_step is not None:
             check_rate("consensus_step", self.consensus_step)
@@ -128,13 +131,16 @@ class SQuARM(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         return RunningSQuARM(self, optimizer, workers)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
         """Every ``sync_every`` steps: flags that say who sends, and compressed differences to the neighbours."""
         sends = traffic.exchange(layout, workers, self.topology, self.mixing, self.compressor)
         sends = replace(sends, handled=traffic.TWICE * sends.handled)  # the trigger, and the mix of estimates
-        return [traffic.together(self.sync_every, traffic.header(workers), traffic.header(workers, 1), sends)]
+        heads = header(self.sync_every, workers), traffic.header(workers, 1)
+        return [traffic.together(usual(self.sync_every), *heads, sends)]
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """The estimate of its own model, and the mix of its neighbours'."""
@@ -180,6 +186,7 @@ class RunningSQuARM(RunningEstimates):
 
     def sync(self, round: Round) -> Synced:
         """Tell the neighbours what changed, if it is worth it, and move towards what is known of them."""
+        self.clock.agree()
         if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
             self.pending = 0
             return Synced(self.averager.average(round))

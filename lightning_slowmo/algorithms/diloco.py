@@ -25,12 +25,20 @@ from lightning_slowmo.algorithms.base import (
     Synced,
     check_compressor,
     check_momentum,
-    check_period,
     check_rate,
-    check_streaming,
 )
 from lightning_slowmo.algorithms.local_sgd import local_steps
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import (
+    PostLocal,
+    Schedule,
+    check_streaming,
+    check_sync_every,
+    divided,
+    header,
+    usual,
+)
 from lightning_slowmo.arithmetic import add, subtract
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
@@ -48,7 +56,8 @@ class DiLoCo(Algorithm):
     Unlike SlowMo, the outer momentum is not rescaled when the inner learning rate changes.
 
     Args:
-        sync_every: optimizer steps between outer steps, the paper's H.
+        sync_every: optimizer steps between outer steps, the paper's H; or a schedule, see
+            :class:`~lightning_slowmo.LocalSGD`.
         outer_lr: learning rate of the outer Nesterov SGD.
         outer_momentum: its momentum, in [0, 1).
         outer_optimizer: another optimizer of ``torch.optim`` instead: a callable that takes parameters, for example
@@ -65,7 +74,7 @@ class DiLoCo(Algorithm):
 
     is_outer_loop: ClassVar[bool] = True
 
-    sync_every: int = 500
+    sync_every: int | Schedule = 500
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
     outer_optimizer: OuterOptimizer | None = None
@@ -74,7 +83,7 @@ class DiLoCo(Algorithm):
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         check_rate("outer_lr", self.outer_lr)
         check_momentum("outer_momentum", self.outer_momentum)
         if self.compressor is not None:
@@ -96,6 +105,8 @@ class DiLoCo(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         if self.outer_optimizer is not None:
             return RunningOuterOptimizer(self, self.outer_optimizer, optimizer, workers)
         return RunningDiLoCo(self, optimizer, workers)
@@ -106,7 +117,8 @@ class DiLoCo(Algorithm):
             mean = traffic.compressed_mean(layout, workers, self.compressor, "two_shot", feedback=True)
         else:
             mean = self.average_sync(layout, workers)
-        return traffic.averages(self.sync_every, traffic.header(workers), mean, self.overlap, self.fragments)
+        head = header(self.sync_every, workers)
+        return traffic.averages(usual(self.sync_every), head, mean, self.overlap, self.fragments)
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """Anchor and outer momentum; for a compressor an anchor and both residuals."""
@@ -158,7 +170,7 @@ class RunningDiLoCo(RunningOuterLoop):
 
     def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
         base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments, config.compressor)
-        super().__init__(base, config.sync_every // config.fragments, "maintain", optimizer, workers)
+        super().__init__(base, divided(config.sync_every, config.fragments), "maintain", optimizer, workers)
         self.config = config
 
     def scalars(self, round: Round) -> list[Scalars]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms.base import Running
+from lightning_slowmo.algorithms.clock import Clock
+from lightning_slowmo.algorithms.schedules import Schedule
 from lightning_slowmo.averaging import Contributor, ExactAverager
 from lightning_slowmo.averaging.averager import copy_state
 from lightning_slowmo.communication.meeting import Level
@@ -29,7 +31,7 @@ class RunningEstimates(Running, Contributor):
     """Gossip that keeps estimates; a subclass says when a worker speaks and what becomes of the mix.
 
     Args:
-        sync_every: optimizer steps between syncs.
+        sync_every: optimizer steps between syncs, or a schedule.
         compressor: how differences are compressed.
         optimizer: the user's own.
         workers: who takes part.
@@ -40,10 +42,12 @@ class RunningEstimates(Running, Contributor):
         syncs: rounds so far.
     """
 
-    def __init__(self, sync_every: int, compressor: Compressor, optimizer: Optimizer, workers: Workers) -> None:
+    def __init__(
+        self, sync_every: int | Schedule, compressor: Compressor, optimizer: Optimizer, workers: Workers
+    ) -> None:
         super().__init__(optimizer, workers)
         self.averager = ExactAverager(self.layout, workers, self)
-        self.sync_every = sync_every
+        self.clock: Clock = Clock(sync_every, optimizer, workers)
         self.compressor = compressor
         self.syncs = 0
         self.restart()
@@ -54,9 +58,14 @@ class RunningEstimates(Running, Contributor):
         """Reset the estimates of all workers to the parameters, which are the same on all of them now."""
         self.estimate, self.mixed = self.layout.snapshot(), self.layout.snapshot()
 
+    def after_step(self) -> None:
+        """Count a local step."""
+        self.clock.tick(first=self.pending == 0)
+        super().after_step()
+
     def due(self) -> Level:
         """After every ``sync_every`` local steps."""
-        return Level.BASE if self.pending >= self.sync_every else Level.NONE
+        return Level.BASE if self.pending >= self.clock.period else Level.NONE
 
     def tell(
         self,
@@ -106,23 +115,26 @@ class RunningEstimates(Running, Contributor):
     # State ------------------------------------------------------------------------------------------------------------
 
     def shared_state(self) -> dict[str, Any]:
-        """The number of rounds."""
-        return {"syncs": self.syncs}
+        """The number of rounds, and of steps."""
+        return {"syncs": self.syncs, "clock": self.clock.shared_state()}
 
     def local_state(self) -> dict[str, Any]:
         """What neighbours know of this worker, and it of them."""
         return super().local_state() | {
             "estimate": self.layout.per_parameter(self.estimate),
             "mixed": self.layout.per_parameter(self.mixed),
+            "clock": self.clock.local_state(),
         }
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`shared_state` returned. By itself it lets gossip begin from equal models."""
         self.syncs = state["syncs"]
+        self.clock.load_shared_state(state.get("clock", {}))
         self.restart()
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned."""
         super().load_local_state(state)
+        self.clock.load_local_state(state.get("clock", {}))
         copy_state(self.layout.per_parameter(self.estimate), state["estimate"], "estimate")
         copy_state(self.layout.per_parameter(self.mixed), state["mixed"], "mix of estimates")

@@ -13,7 +13,18 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_period, check_streaming
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced
+from lightning_slowmo.algorithms.clock import Clock
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import (
+    PostLocal,
+    Schedule,
+    check_streaming,
+    check_sync_every,
+    divided,
+    header,
+    usual,
+)
 from lightning_slowmo.averaging import Averager, CompressedAverager, DelayedAverager
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
@@ -26,7 +37,8 @@ class LocalSGD(Algorithm):
     """Average the parameters every ``sync_every`` steps; the optimizers' own buffers stay as they are.
 
     Args:
-        sync_every: optimizer steps between averages.
+        sync_every: optimizer steps between averages, or a schedule: :class:`~lightning_slowmo.PostLocal`,
+            :class:`~lightning_slowmo.QSR` or :class:`~lightning_slowmo.Stages`.
         overlap: for how many of the next steps an average is on its way before it is taken in, less than the steps
             between two syncs; 0 waits for it. It costs the memory of two copies of what is averaged.
         fragments: number of parts of the parameters of which one at a time is averaged, every
@@ -41,22 +53,24 @@ class LocalSGD(Algorithm):
         Trainer(strategy=SlowMoStrategy(LocalSGD(sync_every=8, overlap=2)))
     """
 
-    sync_every: int = 12
+    sync_every: int | Schedule = 12
     overlap: int = 0
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         check_streaming(self.sync_every, self.overlap, self.fragments)
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         return local_steps(optimizer, workers, self.sync_every, self.overlap, self.fragments)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
         """An average of the parameters every ``sync_every`` steps."""
-        head, mean = traffic.header(workers), self.average_sync(layout, workers)
-        return traffic.averages(self.sync_every, head, mean, self.overlap, self.fragments)
+        head, mean = header(self.sync_every, workers), self.average_sync(layout, workers)
+        return traffic.averages(usual(self.sync_every), head, mean, self.overlap, self.fragments)
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """Copies of the parameters while an average is under way."""
@@ -67,7 +81,7 @@ class RunningLocalSGD(Running):
     """Local steps, and an average now and then: exact, delayed or compressed, as its averager does it.
 
     Args:
-        sync_every: optimizer steps between averages.
+        sync_every: optimizer steps between averages, or a schedule.
         optimizer: the user's own.
         workers: who takes part.
         make_averager: makes what averages the parameters of a layout; None: an exact average of all at once.
@@ -76,19 +90,20 @@ class RunningLocalSGD(Running):
 
     def __init__(
         self,
-        sync_every: int,
+        sync_every: int | Schedule,
         optimizer: Optimizer,
         workers: Workers,
         make_averager: Callable[[Layout], Averager] | None = None,
         fragments: int = 1,
     ) -> None:
         super().__init__(optimizer, workers, fragments=fragments)
-        self.sync_every = sync_every
+        self.clock: Clock = Clock(sync_every, optimizer, workers)
         if make_averager is not None:
             self.averager = make_averager(self.layout)
 
     def after_step(self) -> None:
         """Count a local step, during which an average may have been under way."""
+        self.clock.tick(first=self.pending == 0)
         super().after_step()
         if self.averager.after_step():
             with self.iterates.following(self.workers):
@@ -96,36 +111,39 @@ class RunningLocalSGD(Running):
 
     def due(self) -> Level:
         """After every ``sync_every`` local steps."""
-        return Level.BASE if self.pending >= self.sync_every else Level.NONE
+        return Level.BASE if self.pending >= self.clock.period else Level.NONE
 
     def sync(self, round: Round) -> Synced:
         """Average."""
+        self.clock.agree()
         agreed, drift = self.averager.agrees(round), self.averager.average(round)
         self.pending = 0
         return Synced(drift, agreed=agreed)
 
     def shared_state(self) -> dict[str, Any]:
-        """What the averager keeps."""
-        return self.averager.shared_state()
+        """What the averager keeps, and the clock."""
+        return self.averager.shared_state() | {"clock": self.clock.shared_state()}
 
     def local_state(self) -> dict[str, Any]:
         """The count of steps, and what the averager keeps on this worker."""
-        return super().local_state() | self.averager.local_state()
+        return super().local_state() | self.averager.local_state() | {"clock": self.clock.local_state()}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`shared_state` returned."""
         self.averager.load_shared_state(state)
+        self.clock.load_shared_state(state.get("clock", {}))
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned."""
         self.averager.load_local_state(state)
+        self.clock.load_local_state(state.get("clock", {}))
         super().load_local_state(state)
 
 
 def local_steps(
     optimizer: Optimizer,
     workers: Workers,
-    sync_every: int,
+    sync_every: int | Schedule,
     overlap: int = 0,
     fragments: int = 1,
     compressor: Compressor | None = None,
@@ -135,7 +153,7 @@ def local_steps(
     Args:
         optimizer: the user's own.
         workers: who takes part.
-        sync_every: optimizer steps between two averages of the same parameters.
+        sync_every: optimizer steps between two averages of the same parameters, or a schedule.
         overlap: see :class:`LocalSGD`.
         fragments: see :class:`LocalSGD`.
         compressor: compresses the average, with error feedback; does not go with the two before.
@@ -147,4 +165,4 @@ def local_steps(
         return DelayedAverager(layout, workers, overlap)
 
     plain = compressor is None and not overlap and fragments == 1
-    return RunningLocalSGD(sync_every // fragments, optimizer, workers, None if plain else make, fragments)
+    return RunningLocalSGD(divided(sync_every, fragments), optimizer, workers, None if plain else make, fragments)

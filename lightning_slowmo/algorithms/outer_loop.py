@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.algorithms import inner_buffers
 from lightning_slowmo.algorithms.base import Running, Synced
+from lightning_slowmo.algorithms.clock import Clock
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
+from lightning_slowmo.algorithms.schedules import Schedule
 from lightning_slowmo.averaging.offload import Lift
 from lightning_slowmo.averaging.outer_step import OuterStep, Rule, Scalars
 from lightning_slowmo.communication.meeting import Level, Round
@@ -36,11 +38,13 @@ class RunningOuterLoop(Running):
 
     Args:
         base: the algorithm inside, at work; it may communicate by itself between two outer steps.
-        sync_every: optimizer steps between outer steps (of one fragment or another, if there are several).
+        sync_every: optimizer steps between outer steps (of one fragment or another, if there are several), or a
+            schedule.
         buffers: what becomes of the optimizer's buffers at an outer step.
         optimizer: the user's own.
         workers: who takes part.
         average: whether the parameters are averaged before the outer step.
+        counted: whether the rule's numbers follow from the count of steps, so that workers must agree on it.
 
     Attributes:
         anchor: the last common point, one flat tensor per run; this worker's share of it if slow state is sharded.
@@ -54,15 +58,17 @@ class RunningOuterLoop(Running):
     def __init__(
         self,
         base: Running,
-        sync_every: int,
+        sync_every: int | Schedule,
         buffers: InnerBuffers,
         optimizer: Optimizer,
         workers: Workers,
         average: bool = True,
+        counted: bool = False,
     ) -> None:
         super().__init__(optimizer, workers, base)
         self.base = base
-        self.sync_every = sync_every
+        self._own_clock = not (isinstance(base, RunningLocalSGD) and base.clock.schedule == sync_every)
+        self.clock: Clock = self._clock(base, sync_every, counted)
         self.buffers = buffers
         self.averages = average
         self.steps = 0
@@ -70,6 +76,13 @@ class RunningOuterLoop(Running):
         self.momentum = self.layout.zeros()
         self.lifts: dict[torch.device, Lift] = {}
         self._share_reference()
+
+    def _clock(self, base: Running, sync_every: int | Schedule, counted: bool) -> Clock:
+        """That of local steps whose every average is an outer step, or one of its own."""
+        if self._own_clock or base.clock is None:
+            return Clock(sync_every, self.optimizer, self.workers, counted)
+        base.clock.agrees |= counted
+        return base.clock
 
     @abstractmethod
     def scalars(self, round: Round) -> Sequence[Scalars]:
@@ -89,7 +102,10 @@ class RunningOuterLoop(Running):
 
     def _share_reference(self) -> None:
         """Where every average of local steps is an outer step, the last common point is the anchor: one copy does."""
-        if isinstance(self.base, RunningLocalSGD) and self.base.sync_every >= self.sync_every:
+        if not isinstance(self.base, RunningLocalSGD):
+            return
+        inner, outer = self.base.clock.schedule, self.clock.schedule
+        if not self._own_clock or (isinstance(inner, int) and isinstance(outer, int) and inner >= outer):
             self.averager.share_reference(self.anchor)
 
     def adopt_layout(self, layout: Layout) -> None:
@@ -110,16 +126,20 @@ class RunningOuterLoop(Running):
     def after_step(self) -> None:
         """Count a local step, here and in the base."""
         self.base.after_step()
+        if self._own_clock:
+            self.clock.tick(first=self.steps == 0)
         self.steps += 1
 
     def due(self) -> Level:
         """What is due in the base, and the outer step every ``sync_every`` steps."""
-        return self.base.due() | (Level.OUTER if self.steps >= self.sync_every else Level.NONE)
+        return self.base.due() | (Level.OUTER if self.steps >= self.clock.period else Level.NONE)
 
     def sync(self, round: Round) -> Synced:
         """The base's own sync, an outer step, or both in one."""
         if not round.levels & Level.OUTER:
             return self.base.sync(round)
+        if self._own_clock or self.averages:  # otherwise the base does
+            self.clock.agree()
         if self.averages:  # one average serves the base and the outer step
             self.averager.drain()  # which may end the outer step before
             move = self._step(round)
@@ -187,22 +207,28 @@ class RunningOuterLoop(Running):
         step whose average is under way is made.
         """
         self.averager.drain()
-        return {"base": self.base.shared_state()} | ({"slow": self.slow_state()} if self.averages else {})
+        clock = {"clock": self.clock.shared_state()} if self._own_clock else {}
+        return {"base": self.base.shared_state()} | clock | ({"slow": self.slow_state()} if self.averages else {})
 
     def local_state(self) -> dict[str, Any]:
         """The counters, and without averaging the slow state too."""
         own = {} if self.averages else {"slow": self.slow_state()}
+        own |= {"clock": self.clock.local_state()} if self._own_clock else {}
         return {"base": self.base.local_state(), "steps": self.steps} | own
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`shared_state` returned."""
         self.base.load_shared_state(state["base"])
+        if self._own_clock:
+            self.clock.load_shared_state(state.get("clock", {}))
         if "slow" in state:
             self.load_slow_state(state["slow"])
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned."""
         self.base.load_local_state(state["base"])
+        if self._own_clock:
+            self.clock.load_local_state(state.get("clock", {}))
         self.steps = state["steps"]
         if "slow" in state:
             self.load_slow_state(state["slow"])

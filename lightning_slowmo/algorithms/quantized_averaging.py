@@ -18,9 +18,11 @@ from typing import Any, Literal, get_args
 from torch.optim import Optimizer
 
 from lightning_slowmo import traffic
-from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_compressor, check_period
+from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_compressor
 from lightning_slowmo.algorithms.estimates import RunningEstimates
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import PostLocal, Schedule, check_sync_every, header, usual
 from lightning_slowmo.averaging import Averager, CompressedAverager
 from lightning_slowmo.averaging.compressed import Message, generators
 from lightning_slowmo.averaging.drift import Drift
@@ -44,7 +46,8 @@ class QPRSGD(Algorithm):
     """Average compressed messages every ``sync_every`` steps; optimizers' own buffers stay as they are.
 
     Args:
-        sync_every: optimizer steps between averages, the paper's K.
+        sync_every: optimizer steps between averages, the paper's K; or a schedule, see
+            :class:`~lightning_slowmo.LocalSGD`.
         compressor: how messages are compressed; unbiased, unless ``error_feedback``.
         transport: ``"ring"``, ``"two_shot"`` or ``"gossip"``.
         topology: who sends to whom with gossip, see :class:`~lightning_slowmo.Gossip`; doubly stochastic, and the same
@@ -63,7 +66,7 @@ class QPRSGD(Algorithm):
         Trainer(strategy=SlowMoStrategy(QPRSGD(sync_every=12, compressor=QSGD(bits=3, norm="max", bucket=512))))
     """
 
-    sync_every: int = 12
+    sync_every: int | Schedule = 12
     compressor: Compressor = field(default_factory=default_quantizer)
     transport: Transport = "ring"
     topology: Any = "ring"
@@ -73,7 +76,7 @@ class QPRSGD(Algorithm):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         check_compressor(self.compressor)
         for name, choices in (("transport", Transport), ("message", Message)):
             if getattr(self, name) not in get_args(choices):
@@ -97,6 +100,8 @@ class QPRSGD(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         transport = self.transport
         if transport == "gossip":
             return RunningQuantizedGossip(self, optimizer, workers)
@@ -113,7 +118,7 @@ class QPRSGD(Algorithm):
             sends = traffic.exchange(layout, workers, self.topology, self.mixing, self.compressor)
         else:
             sends = self.average_sync(layout, workers)
-        return [traffic.together(self.sync_every, traffic.header(workers), sends)]
+        return [traffic.together(usual(self.sync_every), header(self.sync_every, workers), sends)]
 
     def average_sync(self, layout: Layout, workers: int) -> traffic.Sync:
         """The compressed mean; gossip has none, so an outer loop over it averages uncompressed."""
@@ -145,6 +150,7 @@ class RunningQuantizedGossip(RunningEstimates):
 
     def sync(self, round: Round) -> Synced:
         """Send this worker's message, and mix in what came."""
+        self.clock.agree()
         if not all(round.healthy):  # what a worker lost, nobody else has: begin anew together
             self.pending = 0
             return Synced(self.averager.average(round))

@@ -30,14 +30,22 @@ from lightning_slowmo.algorithms.base import (
     agreed_rates,
     check_compressor,
     check_momentum,
-    check_period,
     check_rate,
-    check_streaming,
     learning_rates,
 )
 from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import LocalSGD, local_steps
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
+from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.schedules import (
+    PostLocal,
+    Schedule,
+    check_streaming,
+    check_sync_every,
+    divided,
+    header,
+    usual,
+)
 from lightning_slowmo.arithmetic import add, multiply, subtract
 from lightning_slowmo.communication.meeting import Round
 from lightning_slowmo.communication.workers import Workers
@@ -62,7 +70,8 @@ class SlowMo(Algorithm):
     Args:
         base: what happens between two slow updates; by default local steps alone, ``LocalSGD(sync_every)``. A
             configuration that is no outer loop itself.
-        sync_every: optimizer steps between slow updates, the paper's tau.
+        sync_every: optimizer steps between slow updates, the paper's tau; or a schedule, see
+            :class:`~lightning_slowmo.LocalSGD`. A base with another period needs an integer.
         slow_momentum: the paper's beta, in [0, 1). The paper tuned 0.4 to 0.8 case by case; more for more workers.
         slow_lr: the paper's alpha. The paper always found 1 best.
         inner_buffers: the optimizer's own buffers at a slow update: ``"reset"`` to zero, ``"maintain"`` each worker's,
@@ -87,7 +96,7 @@ class SlowMo(Algorithm):
     is_outer_loop: ClassVar[bool] = True
 
     base: Algorithm | None = None
-    sync_every: int = 12
+    sync_every: int | Schedule = 12
     slow_momentum: float = 0.5
     slow_lr: float = 1.0
     inner_buffers: InnerBuffers = "auto"
@@ -97,13 +106,19 @@ class SlowMo(Algorithm):
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
+        check_sync_every(self.sync_every)
         check_momentum("slow_momentum", self.slow_momentum)
         check_rate("slow_lr", self.slow_lr)
         inner_buffers.check(self.inner_buffers)
         if self.base is None:
             object.__setattr__(self, "base", LocalSGD(self.sync_every))
         check_base(self.base)
+        inside = getattr(self.base, "sync_every", None)
+        if isinstance(inside, Schedule) and self.base != LocalSGD(self.sync_every):
+            raise ValueError(
+                "base must have an integer as sync_every, or be LocalSGD with SlowMo's own schedule: two that differ "
+                f"would drift apart; got {self.base!r} inside sync_every={self.sync_every!r}."
+            )
         if self.compressor is not None:
             check_compressor(self.compressor)
             if not (self.average and isinstance(self.base, LocalSGD)):
@@ -125,6 +140,8 @@ class SlowMo(Algorithm):
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""
+        if isinstance(self.sync_every, PostLocal):
+            return RunningPostLocal(self, self.sync_every, optimizer, workers)
         return RunningSlowMo(self, optimizer, workers)
 
     def syncs(self, layout: Layout, workers: int) -> list[traffic.Sync]:
@@ -139,9 +156,9 @@ class SlowMo(Algorithm):
             parts = [self.base.average_sync(layout, workers)]
         if self.inner_buffers == "average":
             parts.append(traffic.all_reduce(layout, workers))
-        head, whole = traffic.header(workers), traffic.together(1, *parts)
-        outer = traffic.averages(self.sync_every, head, whole, self.overlap, self.fragments)
-        return [*traffic.between_averages(inside, self.sync_every), *outer]
+        head, whole, every = header(self.sync_every, workers), traffic.together(1, *parts), usual(self.sync_every)
+        outer = traffic.averages(every, head, whole, self.overlap, self.fragments)
+        return [*traffic.between_averages(inside, every), *outer]
 
     def state_numel(self, layout: Layout, workers: int) -> float:
         """Anchor and slow momentum; what the base keeps, or for a compressor both residuals.
@@ -227,7 +244,7 @@ class RunningSlowMo(RunningOuterLoop):
             base: Running = local_steps(optimizer, workers, period, config.overlap, config.fragments, config.compressor)
         else:
             base = config.base.bind(optimizer, workers)
-        every = config.sync_every // config.fragments
+        every = divided(config.sync_every, config.fragments)
         super().__init__(base, every, config.inner_buffers, optimizer, workers, config.average)
         self.config = config
         self.momentum_rates = [learning_rates(optimizer) for _ in range(config.fragments)]

@@ -22,8 +22,9 @@ GOOD_ENOUGH = 1.1
 
 
 def at_period(algorithm: Algorithm, sync_every: int) -> Algorithm:
-    """A configuration with another ``sync_every``, if by default it waits :data:`LONG` steps or more."""
-    if getattr(algorithm, "sync_every", 0) < LONG:
+    """A configuration with another ``sync_every``, if its own is an integer of :data:`LONG` or more."""
+    own = getattr(algorithm, "sync_every", 0)
+    if not isinstance(own, int) or own < LONG:
         return algorithm
     changes: dict[str, Any] = {"sync_every": sync_every}
     if isinstance(getattr(algorithm, "base", None), LocalSGD):

@@ -98,6 +98,7 @@ class LoopsMixin(StrategyPart):
         meeting = self.core.running.last_meeting
         if meeting is None:
             return
+        self.core.start_epoch(self._trainer.current_epoch)
         self._fit.idlers = Reason.EPOCH_END in meeting.reasons
         if Reason.TRAIN_END in meeting.reasons:
             if not (self._trainer.should_stop and self._can_stop):

@@ -120,7 +120,7 @@ Outer = Callable[[int, float, Array, Array], Array]
 def trajectory(
     problem: Problem,
     workers: int,
-    sync_every: int,
+    sync_every: int | list[int],
     outer: Outer,
     inner: Callable[[], Inner] = SGD,
     inner_buffers: str = "maintain",
@@ -130,8 +130,10 @@ def trajectory(
     """Every worker's parameters after every step: an array of workers x steps x elements.
 
     With overlap, what comes of an outer step is taken in some steps after the mean was taken; with fragments, each
-    outer step is one of a part of the parameters.
+    outer step is one of a part of the parameters. Instead of one period, the lengths of all may be given.
     """
+    lengths = sync_every if isinstance(sync_every, list) else [sync_every // fragments] * len(problem.rates)
+    ends = {int(end): turn for turn, end in enumerate(np.cumsum(lengths))}
     indices = range(len(problem.shapes))
     fragment_of = deal([int(np.prod(shape)) for shape in problem.shapes], fragments)
     start = problem.initial()
@@ -144,9 +146,8 @@ def trajectory(
             for p in indices:
                 g = problem.gradient(i, step, p, x[i][p])
                 x[i][p] = optimizers[i].step(p, x[i][p], g, rates[problem.group_of[p]])
-        turn, rest = divmod(step + 1, sync_every // fragments)
-        if rest == 0:
-            chosen = [p for p in indices if fragment_of[p] == (turn - 1) % fragments]
+        if step + 1 in ends:
+            chosen = [p for p in indices if fragment_of[p] == ends[step + 1] % fragments]
             for p in chosen:
                 mean = sum(x[i][p] for i in range(workers)) / workers
                 start[p] = outer(p, rates[problem.group_of[p]], start[p], mean)
