@@ -48,8 +48,8 @@ class SimulatedState(SingleDeviceStrategy):
         return self.cores[0]
 
     @property
-    def report(self) -> SyncReport:
-        """Totals over all syncs of the present or last fit, of the first worker."""
+    def report(self) -> SyncReport | None:
+        """Totals over all syncs of the present or last fit, of the first worker; None if there was none."""
         return self.core.report
 
     @property
