@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from recipes.record import Record
 from recipes.reproduce.launchers import Job
 from recipes.reproduce.pool import composed, train_all
-from recipes.reproduce.tables import TABLES, Row, rows
+from recipes.reproduce.tables import TABLES, Row, chosen
 
 GRID = (
     "optimizer.lr=0.05,0.1,0.2,0.4",
@@ -72,7 +72,8 @@ def trials(row: Row, grid: Sequence[str], seeds: Sequence[int], folder: Path, ov
             axes.append([f"{key}={value}" for value in values.split(",")])
     found = []
     for choice in product(*axes):
-        name = "_".join(each.rpartition(".")[2].replace("=", "_") for each in choice) or "as_it_is"
+        parts = (each.partition("=") for each in choice)
+        name = "_".join(f"{key.rpartition('.')[2]}_{value}" for key, _, value in parts) or "as_it_is"
         jobs = tuple(
             Job(
                 f"{row.name} {name} seed {seed}",
@@ -87,18 +88,18 @@ def trials(row: Row, grid: Sequence[str], seeds: Sequence[int], folder: Path, ov
 
 def summary(found: Sequence[Trial]) -> dict[str, Any]:
     """The best choice of each row, with all scores and the cost of the search."""
-    chosen: dict[str, Any] = {}
+    best_of: dict[str, Any] = {}
     for name in dict.fromkeys(trial.row.name for trial in found):
         own = sorted((trial for trial in found if trial.row.name == name), key=lambda trial: -trial.score)
         records = [Record.read(job.folder) for trial in own for job in trial.jobs if job.done]
-        chosen[name] = {
+        best_of[name] = {
             "overrides": list(own[0].choice),
             "score": own[0].score,
             "scores": {" ".join(trial.choice): trial.score for trial in own},
             "runs": len(records),
             "seconds": round(sum(record.seconds for record in records), 1),
         }
-    return chosen
+    return best_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("table", choices=TABLES, metavar="table", help="see python -m recipes.reproduce --list")
     parser.add_argument("overrides", nargs="*", help="of the configuration of every run")
-    parser.add_argument("--rows", help="only those whose names contain one of these, with commas between them")
+    parser.add_argument("--rows", help="only those that match one of these regular expressions, with commas between")
     parser.add_argument("--grid", action="append", metavar="KEY=VALUES", help=f"repeatable; else {' '.join(GRID)}")
     parser.add_argument("--workers", default="auto", help="simulated ones; as many as the experiment says if left out")
     parser.add_argument("--seeds", default="101", help="that the final runs should not have")
@@ -132,15 +133,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "callbacks=default",
         *a.overrides,
     )
-    wanted = [row for row in rows(TABLES[a.table]) if a.rows is None or any(n in row.name for n in a.rows.split(","))]
+    wanted = chosen(TABLES[a.table], a.rows)
+    if not wanted:
+        parser.error(f"--rows {a.rows}: no name matches that.")
     seeds = [int(seed) for seed in a.seeds.split(",")]
     found = [trial for row in wanted for trial in trials(row, a.grid or GRID, seeds, folder, common)]
-    train_all([job for trial in found for job in trial.jobs], a.processes)
-    chosen = summary(found)
-    (folder / "tuned.json").write_text(json.dumps(chosen, indent=2) + "\n")
-    for name, best in chosen.items():
-        print(f"{name:32} {best['score']:7.2f}  {' '.join(best['overrides'])}  ({best['runs']} runs)")
-    if any(best["score"] == float("-inf") for best in chosen.values()):
+    try:
+        train_all([job for trial in found for job in trial.jobs], a.processes)
+    finally:  # also of a search that is stopped there is something to see
+        best_of = summary(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tuned.json").write_text(json.dumps(best_of, indent=2) + "\n")
+        for name, best in best_of.items():
+            print(f"{name:32} {best['score']:7.2f}  {' '.join(best['overrides'])}  ({best['runs']} runs)")
+    if any(best["score"] == float("-inf") for best in best_of.values()):
         raise SystemExit("No choice of some row could be trained to its end.")
 
 

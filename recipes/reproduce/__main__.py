@@ -26,7 +26,7 @@ from pathlib import Path
 from recipes.report.__main__ import main as report
 from recipes.reproduce.launchers import Job, Launcher, Local, Simulated, Slurm, Torchrun, launch
 from recipes.reproduce.pool import train_all
-from recipes.reproduce.tables import TABLES, Row, rows
+from recipes.reproduce.tables import TABLES, Row, chosen, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="an option for sbatch, repeatable"
     )
-    parser.add_argument("--rows", help="only those whose names contain this")
+    parser.add_argument("--rows", help="only those that match one of these regular expressions, with commas between")
     parser.add_argument("--seeds", help="such as 1,2; the table's if left out")
     parser.add_argument("--folder", type=Path, default=Path("outputs/reproduce"), help="for all runs")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are missing")
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--launch torchrun needs --rendezvous HOST:PORT, the same on every machine.")
     table, folder = TABLES[a.table], a.folder / a.table
     seeds = [int(seed) for seed in a.seeds.split(",")] if a.seeds else table.seeds
-    wanted = [row for row in rows(table) if a.rows is None or a.rows in row.name]
+    wanted = chosen(table, a.rows)
     if not wanted:
-        parser.error(f"--rows {a.rows}: no name contains that; they are {', '.join(row.name for row in rows(table))}.")
+        parser.error(f"--rows {a.rows}: no name matches that; they are {', '.join(row.name for row in rows(table))}.")
     tuned = json.loads(a.tuned.read_text()) if a.tuned else {}
     missing = [row.name for row in wanted if a.tuned and row.name not in tuned]
     if missing:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,14 +30,29 @@ def train_all(jobs: Sequence[Job], processes: int) -> list[str]:
     """
     wanted = [job for job in jobs if not job.done]
     failed = []
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
         futures = {pool.submit(_train, job): job for job in wanted}
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
-            said = future.result()
-            if said:
-                failed.append(futures[future].name)
-                tqdm.write(f"{futures[future].name} failed:\n{said}")
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
+                said = future.result()
+                if said:
+                    failed.append(futures[future].name)
+                    tqdm.write(f"{futures[future].name} failed:\n{said}")
+        except BaseException:  # Ctrl-C: those under way end by themselves, and no more are begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
+
+
+def _end_with(parent: int) -> None:
+    """End this process if the one that started it is killed, as it would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def composed(job: Job) -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -98,6 +99,14 @@ def rows(table: Table) -> list[Row]:
             overrides = (f"experiment={experiment}", *chosen, *alone)
             found.append(Row("_".join(parts), overrides, config.trainer.num_nodes, processes))
     return found
+
+
+def chosen(table: Table, patterns: str | None) -> list[Row]:
+    """The rows whose names match one of some regular expressions, with commas between them; None: all."""
+    every = rows(table)
+    if patterns is None:
+        return every
+    return [row for row in every if any(re.search(pattern, row.name) for pattern in patterns.split(","))]
 
 
 def composed(experiment: str) -> DictConfig:
