@@ -129,8 +129,12 @@ class Stage:
         torch.clear_autocast_cache()  # of another worker's weights
         self.current = index
 
-    def clear(self) -> None:
-        """Let the worker on the stage take along what has become of its values; then the replicas may be changed."""
+    def clear(self, drop_gradients: bool = False) -> None:
+        """Let the worker on the stage take along what has become of its values; then the replicas may be changed.
+
+        Args:
+            drop_gradients: whether they have been used, and are not needed any more.
+        """
         if self.current is None:
             return
         index, replica = self.current, self.replicas[self.current]
@@ -141,17 +145,14 @@ class Stage:
         for parameter, own in pairs:
             if not self._static and parameter.data_ptr() != own.data_ptr():  # rebound by an optimizer, for example
                 own.data.copy_(parameter.data)
-            own.grad, parameter.grad = parameter.grad, None
+            gradient, parameter.grad = None if drop_gradients else parameter.grad, None
+            # Gradients may lie in the memory of a captured graph, which the next worker's replay needs.
+            own.grad = gradient.clone() if self._static and gradient is not None else gradient
         self._move_buffers(self._own_submodules, self._submodules[index])
         for source, target in zip(self._optimizers, self._nested[index], strict=True):
             _copy_optimizer(source, target, dict(pairs))
         replica.randomness.note()
         self.current = None
-
-    def drop_gradients(self) -> None:
-        """Let no worker keep gradients: they have been used."""
-        for parameter in chain(*self._tensors):
-            parameter.grad = None
 
     def follow(self) -> bool:
         """Let the replicas' parameters be trained, or frozen, and be in the groups, as those of the stage are now.

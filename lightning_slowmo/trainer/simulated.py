@@ -235,8 +235,6 @@ class SimulatedMixin(SimulatedState):
         finally:
             self._states[0].install()
         stage.put(0)
-        if trainer.lightning_module.automatic_optimization and not self._accumulates:
-            stage.drop_gradients()
         return outputs[0]
 
     def _renew_states(self) -> None:
@@ -270,10 +268,11 @@ class SimulatedMixin(SimulatedState):
             self._stage.put(index)
             self._states[index].install()
 
-    def _leave_stage(self, index: int) -> None:
+    def _leave_stage(self, index: int, used: bool = False) -> None:
+        """Leave the stage; with ``used`` without gradients, except those of worker 0, at which callbacks may look."""
         assert self._stage is not None
         if self._stage.current == index:
-            self._stage.clear()
+            self._stage.clear(drop_gradients=used and index > 0)
             self._states[index].take()
 
     def _on_engine(self, index: int, function: Callable[[StrategyCore], T], last: bool = False) -> T:
@@ -284,7 +283,7 @@ class SimulatedMixin(SimulatedState):
             function: what to call.
             last: whether nothing of the user's comes after it in this batch, so that the worker need not come back.
         """
-        self._leave_stage(index)
+        self._leave_stage(index, used=last)
         result = function(self.cores[index])
         if last:
             self._states[index].install()
