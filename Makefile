@@ -24,10 +24,10 @@ quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four str
 	$(BIN)/python examples/quickstart.py
 
 test: lint  ## lint, type-check, and run all tests but the slow ones, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 oldest: .venv-oldest/dev.stamp  ## run the tests with the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not faults"
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
 	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py

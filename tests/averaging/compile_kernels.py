@@ -27,14 +27,15 @@ def assembly(target: GPUTarget, kernel, types: dict[str, str], constants: dict) 
     return triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
 
 
-def main() -> None:
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+def compile_for(capability: int) -> list[str]:
+    """Compile everything; what was seen in the assembly."""
+    target, seen = GPUTarget("cuda", capability, 32), []
     for kind, flat in ((tl.float32, "*fp32"), (tl.bfloat16, "*fp32"), (tl.float64, "*fp64")):
         for vector in (1, 4) if kind is tl.float32 else (4,):
             common = {"KIND": kind, "TILE": passes.TILE, "VECTOR": vector}
             copy = assembly(target, passes.gather, TABLES | {"flat": flat}, common)
             if kind is tl.float32 and vector == 4 and re.search(r"ld\.global[^;]*\.v4", copy):
-                print("16 bytes at a time")
+                seen.append("16 bytes at a time")
             assembly(target, passes.correct, TABLES | {"sent": flat, "new": flat}, common)
             assembly(target, passes.find_nonfinite, TABLES | {"flag": "*i32"}, common)
             for operations, table in ((OPERATIONS, True), (OPERATIONS, False), ((), True)):
@@ -42,7 +43,8 @@ def main() -> None:
                 state = bool(operations)
                 more = {"OPERATIONS": operations, "RESULTS": (7, 6), "TABLE": table, "STATE": state, "DRIFT": True}
                 assembly(target, passes.move, types, common | more)
+    return seen
 
 
 if __name__ == "__main__":
-    main()
+    print(*compile_for(int(sys.argv[1])), sep="\n")

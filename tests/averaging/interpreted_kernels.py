@@ -1,6 +1,6 @@
 """The kernels of averages and outer steps in Triton's interpreter, against the torch code.
 
-``tests/averaging/test_kernels.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
+``tests/test_interpreter.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
 """
 
 from contextlib import nullcontext

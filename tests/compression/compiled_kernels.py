@@ -1,6 +1,7 @@
-"""Compiles every kernel for a GPU, on a machine that need not have one, and prints their names.
+"""Compiles every kernel for a GPU, on a machine that need not have one.
 
-The interpreter accepts what the compiler refuses. ``tests/compression/test_kernels.py`` runs this script.
+The interpreter accepts what the compiler refuses. ``tests/compression/test_kernels.py`` does so in a process of its
+own.
 """
 
 import torch
@@ -27,7 +28,8 @@ class H100:
         return 0
 
 
-def main():
+def compile_all() -> set[str]:
+    """Compile all kernels; their names. The process can run none afterwards."""
     driver.set_active(H100())
     triton_support._interpreting = True  # the kernels take tensors on the CPU, whose addresses nothing will use
     compiled, run = set(), triton.JITFunction.run
@@ -58,8 +60,8 @@ def main():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         top_indices(flat.to(dtype), segments, (3, 0, 47))
     random_places(torch.zeros(1, dtype=torch.int64), segments, (3, 0, 47))
-    print(*sorted(compiled))
+    return compiled
 
 
 if __name__ == "__main__":
-    main()
+    print(*sorted(compile_all()))

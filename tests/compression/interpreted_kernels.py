@@ -1,6 +1,6 @@
 """The GPU kernels against the torch code, on the CPU, in Triton's interpreter.
 
-``tests/compression/test_kernels.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
+``tests/test_interpreter.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
 """
 
 import pytest

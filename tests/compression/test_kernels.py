@@ -1,25 +1,14 @@
-"""Runs the checks of the GPU kernels, each in a process of its own: Triton interprets or compiles, not both in one."""
+"""The GPU kernels on a machine without a GPU: they compile, and Triton is imported only where it is wanted."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_slowmo.compression import kernels
-
-HERE = Path(__file__).parent
-
-
-def run(*command, **environment):
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], env=inherited | environment, capture_output=True, text=True, timeout=600
-    )
+from tests.harness import run
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +16,17 @@ def _needs_triton():
     pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are not tested")
 
 
-def test_kernels_in_the_interpreter():
-    file = str(HERE / "interpreted_kernels.py")
-    result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def compiled(rank: int) -> set[str]:
+    from tests.compression.compiled_kernels import compile_all
+
+    return compile_all()
 
 
 def test_every_kernel_compiles_for_a_gpu():
-    result = run(str(HERE / "compiled_kernels.py"))
-    assert result.returncode == 0, result.stderr[-5000:]
+    (found,) = run(1, compiled, limit=300)
     files = Path(kernels.__file__).parent.glob("*.py")
     launched = {name for file in files for name in re.findall(r"launch\(\s*(_\w+)", file.read_text())}
-    assert launched == set(result.stdout.split())
+    assert launched == found
 
 
 def test_triton_is_not_imported_with_the_package():
