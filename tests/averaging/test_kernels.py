@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_slowmo.averaging.kernels import trace
-from lightning_slowmo.parameters import DEFAULT_SIZES, GPU_SIZES, sizes_for
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, GPU_SIZES, sizes_for
 from lightning_slowmo.triton_support import works_on
 
 ROOT = Path(__file__).parents[2]
