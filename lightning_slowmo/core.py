@@ -32,10 +32,11 @@ from torch.optim import Optimizer
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.algorithms.clock import start_epoch
+from lightning_slowmo.bucket_sizes import check_bucket_cap
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication import Header, Reason, Workers, meet
 from lightning_slowmo.communication.hierarchy import PerNode, check_per_node, two_levels
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
+from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.consistency import check_on_nonfinite, start_equal
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS, preset
@@ -52,6 +53,7 @@ class StrategyCore:
         workers_per_node: processes of a machine (or ``"all"``) that make up one worker; None: every process is one.
         shard_slow_state: whether each worker keeps only its share of anchor and slow momentum.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
+        bucket_cap_mb: size of messages in MiB; None: by device, number of workers and size of the model.
 
     Attributes:
         everyone: all processes; alone until :meth:`make_groups`.
@@ -75,6 +77,7 @@ class StrategyCore:
         workers_per_node: PerNode | None = None,
         shard_slow_state: bool = False,
         offload_slow_state: Literal["cpu"] | None = None,
+        bucket_cap_mb: float | None = None,
     ) -> None:
         if isinstance(algorithm, type) and issubclass(algorithm, Algorithm):
             raise ValueError(f"algorithm must be a configuration, not a class: write {algorithm.__name__}().")
@@ -89,6 +92,8 @@ class StrategyCore:
         self.workers_per_node = workers_per_node
         self.shard_slow_state = shard_slow_state
         self.offload_slow_state = offload_slow_state
+        self.bucket_cap_mb = bucket_cap_mb
+        check_bucket_cap(bucket_cap_mb)
         check_on_nonfinite(on_nonfinite)
         check_per_node(workers_per_node)
         self._disconnect()
@@ -130,7 +135,7 @@ class StrategyCore:
         if self._world is dist.group.WORLD:
             return
         self._world = dist.group.WORLD
-        self.everyone = self.workers = Workers.from_world(self.sync_timeout, device, backend)
+        self.everyone = self.workers = Workers.from_world(self.sync_timeout, device, backend, self.bucket_cap_mb)
         if self.workers_per_node is not None:
             self.node, self.workers = two_levels(self.everyone, self.workers_per_node, node_rank, local_rank)
 

@@ -21,41 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, BucketSizes
 from lightning_slowmo.private import foreach_copy_
 from lightning_slowmo.storage import Storage, accumulation_dtype, adjoin, flat_view, is_dense, local
-
-
-@dataclass(frozen=True)
-class BucketSizes:
-    """How parameters are cut into messages, and messages into pieces for arithmetic.
-
-    Args:
-        bucket_bytes: size at which a bucket is full, in bytes. Larger ones gain nothing on loopback
-            (``benchmarks/sync_round.py``); smaller ones pay latency.
-        in_place_bytes: size from which a parameter is communicated in place, in bytes: as a message it is large enough
-            on its own.
-        block_numel: elements on which arithmetic is done at a time on a CPU, so that several passes find them in the
-            cache.
-        in_flight: buckets under way at a time, each of which has a buffer.
-    """
-
-    bucket_bytes: int = 8 * 2**20
-    in_place_bytes: int = 4 * 2**20
-    block_numel: int = 2**17
-    in_flight: int = 3
-
-
-DEFAULT_SIZES = BucketSizes()
-
-GPU_SIZES = BucketSizes(bucket_bytes=256 * 2**20, in_place_bytes=2**62, in_flight=2)
-"""For parameters on GPUs. A bucket costs its launches, some 0.1 ms of the host, in which a GPU moves 100 MiB. Nothing
-is sent in place: packing costs a copy, a small part of what a message takes on any link, and leaves the parameters as
-they are until the sum is there, so that one pass takes the drift and writes the new values."""
-
-
-def sizes_for(device: torch.device | str) -> BucketSizes:
-    """The sizes for parameters on a device."""
-    return GPU_SIZES if torch.device(device).type == "cuda" else DEFAULT_SIZES
 
 
 @dataclass(frozen=True)
@@ -263,8 +231,9 @@ class Layout:
             key = (index, local(parameter).dtype, parameter.device, fragment_of[id(parameter)])
             members.setdefault(key, []).append(parameter)
         self.runs: list[Run] = [_run(key, tensors) for key, tensors in members.items()]
+        cut = sizes.grown(sum(run.numel * accumulation_dtype(run.dtype).itemsize for run in self.runs))
         self.buckets: list[Bucket] = [
-            bucket for index, run in enumerate(self.runs) for bucket in _cut(index, run, sizes, storage)
+            bucket for index, run in enumerate(self.runs) for bucket in _cut(index, run, cut, storage)
         ]
 
     @property

@@ -16,14 +16,17 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, BucketSizes
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.compression import Compressor, slice_segments
 from lightning_slowmo.parameters import Layout
-from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.topology import Mixing, make
 
 SAMPLED_CHUNKS = 64
 """The payload sizes of a vector in more chunks than this are estimated from so many evenly spaced ones."""
+
+AT_ONCE = 2
+"""Collectives of a group that gloo carries out at the same time: its threads. More in flight wait for them."""
 
 TWICE = 2
 """Elements that count as handled for each that is synced where a second buffer is updated as well (measured)."""
@@ -82,14 +85,17 @@ def state_numel(algorithm: Described, layout: Layout, workers: int) -> float:
     return algorithm.state_numel(layout, workers)
 
 
-def layout_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> Layout:
+def layout_of(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, sizes: BucketSizes = DEFAULT_SIZES
+) -> Layout:
     """The layout of parameters of which only the shapes are known; it takes no memory.
 
     Args:
         shapes: one for each parameter.
         dtype: of all parameters.
+        sizes: of messages.
     """
-    return Layout([[torch.empty(tuple(shape), dtype=dtype, device="meta") for shape in shapes]])
+    return Layout([[torch.empty(tuple(shape), dtype=dtype, device="meta") for shape in shapes]], sizes)
 
 
 def bytes_per_step(every: Sequence[Sync]) -> float:
@@ -112,7 +118,10 @@ def header(workers: int, numbers: int = MEETING_NUMBERS) -> Sync:
 
 
 def all_reduce(layout: Layout, workers: int) -> Sync:
-    """A ring all-reduce of every bucket, a few of them in flight: 2 (n - 1) / n of the bytes, in 2 (n - 1) messages.
+    """A ring all-reduce of every bucket: 2 (n - 1) / n of the bytes, and 2 (n - 1) messages for each wave of buckets.
+
+    A wave is what travels at the same time, :data:`AT_ONCE` buckets or as many as are in flight: their latencies are
+    one, while their bytes share the link (``benchmarks/latency.py``).
 
     Args:
         layout: of what is averaged.
@@ -124,7 +133,7 @@ def all_reduce(layout: Layout, workers: int) -> Sync:
 compressor=None, behind=0, gradients=False)
     """
     sent = sum(2 * (workers - 1) * bucket.numel * bucket.dtype.itemsize // workers for bucket in layout.buckets)
-    waves = -(-len(layout.buckets) // Scratch().count)
+    waves = -(-len(layout.buckets) // min(layout.sizes.in_flight, AT_ONCE))
     return Sync(1, sent, sent, 2 * (workers - 1) * waves, handled=layout.numel)
 
 
@@ -259,4 +268,5 @@ def between_averages(base: Sequence[Sync], sync_every: int) -> list[Sync]:
 def split_by_size(layout: Layout, below: int) -> tuple[Layout, Layout]:
     """The layouts of the tensors of fewer than ``below`` elements, and of the others."""
     small = [p for p in layout.parameters if p.numel() < below]
-    return Layout([small]), Layout([[p for p in layout.parameters if p.numel() >= below]])
+    large = [p for p in layout.parameters if p.numel() >= below]
+    return Layout([small], layout.sizes), Layout([large], layout.sizes)

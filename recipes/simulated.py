@@ -28,11 +28,12 @@ def simulated(config: DictConfig) -> DictConfig:
         return config
     plain: Any = OmegaConf.to_container(config, resolve=True)
     trainer, strategy = plain["trainer"], plain["strategy"]
-    workers, devices = trainer.pop("workers"), trainer["devices"]
+    machines = plain.get("machines") or trainer
+    workers, devices = trainer.pop("workers"), machines["devices"]
     if workers == "auto":
         if not isinstance(devices, int) or devices < 1:
             raise ValueError(f"trainer.devices={devices} does not say how many workers: set trainer.workers=...")
-        workers = trainer["num_nodes"] * devices
+        workers = machines["num_nodes"] * devices
     for option in ("workers_per_node", "shard_slow_state"):
         if strategy.get(option):
             raise ValueError(f"strategy.{option} needs processes, and trainer=simulated has one. Leave it out.")

@@ -14,6 +14,7 @@ LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_li
 
 FLOORS = {
     "parameters": 1,
+    "bucket_sizes": 1,
     "storage": 1,
     "tensors": 1,
     "buffers": 1,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from lightning_slowmo import LocalSGD, Workers
-from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, BucketSizes, check_bucket_cap, sizes_for
+from lightning_slowmo.parameters import Layout
 from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.storage import accumulation_dtype, flat_view, is_dense
 
@@ -242,3 +243,35 @@ def test_dense_is_what_fills_its_memory(tensor, dense):
 def test_a_flat_view_of_a_slice_starts_where_the_slice_starts():
     whole = Parameter(torch.arange(12.0).view(3, 4))
     assert flat_view(whole[1:]).tolist() == list(range(4, 12))
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def buckets_of(total_mib: int, workers: int, cap: float | None = None, tensors: int = 16) -> list[int]:
+    """Sizes of the buckets of a model that takes no memory, in MiB."""
+    each = total_mib * 2**18 // tensors
+    parameters = [torch.empty(each, device="meta") for _ in range(tensors)]
+    layout = Layout([parameters], sizes_for("cpu", workers, cap))
+    return [bucket.numel // 2**18 for bucket in layout.buckets]
+
+
+def test_buckets_grow_with_the_workers_and_the_model_and_no_further():
+    assert sizes_for("cpu", workers=2) is DEFAULT_SIZES
+    assert max(buckets_of(4096, workers=2)) == 8
+    assert max(buckets_of(4096, workers=8)) == 32
+    assert max(buckets_of(4096, workers=64)) == 256
+    assert max(buckets_of(2**16, workers=1000)) == 256
+    assert max(buckets_of(64, workers=64, tensors=32)) == 8  # a small model keeps buckets to overlap
+
+
+def test_a_cap_is_the_size_of_buckets_whatever_else():
+    assert max(buckets_of(4096, workers=64, cap=25)) == 25
+    assert buckets_of(64, workers=2, cap=100) == [64]
+    assert buckets_of(64, workers=2, cap=32, tensors=64) == [32, 32]  # small tensors are packed until a bucket is full
+
+
+@pytest.mark.parametrize("value", [0, -1, True, float("nan"), float("inf"), "25"])
+def test_caps_that_are_none_are_refused(value):
+    with pytest.raises(ValueError, match="bucket_cap_mb must be None or a number of MiB from 1/1024 to 1048576, got"):
+        check_bucket_cap(value)

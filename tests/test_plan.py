@@ -131,6 +131,29 @@ def test_the_period_that_is_advised_does_it():
     assert predict(SlowMo(sync_every=needed - 1), MODEL, 8, 0.1, Link(1e8, 1e-5)).step > 0.1099
 
 
+def test_latency_takes_a_small_part_of_the_time_of_many_bytes_on_a_long_fast_link():
+    link, shapes = Link(1e10, 1e-3), shapes_of(7e9)
+    travels = 8 * 2 * 63 / 64 * 4 * 7e9 / 1e10
+    sync = 12 * (predict(LocalSGD(12), shapes, 64, 1.0, link, handling=0.0).step - 1.0)
+    assert travels < sync < 1.25 * travels
+    small = predict(LocalSGD(12), shapes, 64, 1.0, link, handling=0.0, bucket_cap_mb=8)
+    assert 12 * (small.step - 1.0) > 3 * travels  # what buckets of 8 MiB would take
+
+
+def test_the_size_of_messages_that_is_advised_is_faster():
+    link, shapes = Link(1e10, 20e-3), shapes_of(1e9)
+    advice = recommend(shapes, 16, 1.0, link, 48)
+    made = eval(advice.strategy, vars(lightning_slowmo))
+    assert made.bucket_cap_mb > 100
+    steps = [
+        predict(made.algorithm, shapes, 16, 1.0, link, bucket_cap_mb=cap).step for cap in (made.bucket_cap_mb, None)
+    ]
+    assert steps[0] < 0.97 * steps[1]
+    assert f"Messages of {made.bucket_cap_mb} MiB" in advice.text
+    assert "bucket_cap_mb" not in recommend(shapes, 16, 1.0, Link(1e10, 1e-6), 48).strategy
+    assert recommend(shapes, 16, 1.0, link, 48, bucket_cap_mb=30).strategy.endswith("bucket_cap_mb=30)")
+
+
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
@@ -215,6 +238,7 @@ def test_the_command_prints_json(capsys):
         ([*COMMAND, "--bandwidth", "nan"], "'nan' is no bandwidth: write 100mbit"),
         ([*COMMAND, "--params", "nan"], "'nan' is no number of parameters"),
         ([*COMMAND, "--sync-every", "-1"], "--sync-every must be at least 1"),
+        ([*COMMAND, "--bucket-cap-mb", "0"], "--bucket-cap-mb must be None or a number of MiB"),
         ([*COMMAND, "--step", "a:b"], "--step needs --measure"),
         (["--measure", "--params", "3M"], "--measure needs torchrun"),
     ],

@@ -1,7 +1,7 @@
 """A new user's walk: install the wheel, write three lines in an empty folder, train, read the line after ``fit``.
 
 The environment holds nothing but the wheel; what it depends on is found in the environment of the tests. ``make wheel``
-does the same with all dependencies installed anew, and trains the quickstart.
+does the same with all dependencies installed anew, trains the quickstart, and calls every command.
 """
 
 from __future__ import annotations
@@ -88,16 +88,11 @@ def test_a_new_user_trains_in_an_empty_folder_and_reads_what_was_saved(installed
     assert len(re.findall(line, done.stderr)) == 1, done.stderr
 
 
-def test_the_plan_is_a_command(installed: Path, tmp_path: Path) -> None:
-    link = ["--params", "25.6e6", "--step-ms", "170", "--workers", "32", "--bandwidth", "1gbit"]
-    assert "| `slowmo` |" in run(installed / "slowmo-plan", *link, folder=tmp_path).stdout
-
-
 def test_the_recipes_and_their_configuration_are_in_the_wheel(installed: Path, tmp_path: Path) -> None:
     shown = run(installed / "slowmo-train", "--cfg", "job", "experiment=digits/slowmo", folder=tmp_path).stdout
     assert "_target_: lightning_slowmo.SlowMo\n" in shown
-    tables = run(installed / "slowmo-reproduce", "--list", folder=tmp_path).stdout
-    assert re.search("^digits .* seeds 1, 2, 3$", tables, flags=re.MULTILINE)
+    commands = {f"slowmo-{name}" for name in ("train", "report", "plan", "reproduce")}
+    assert commands <= {path.name for path in installed.iterdir()}
     [packages] = installed.parent.glob("lib/python*/site-packages")
     assert not {"recipes", "conf", "tests", "benchmarks"} & {path.name for path in packages.iterdir()}
     own = {str(path.relative_to(ROOT)) for name in ("conf", "recipes") for path in (ROOT / name).rglob("*.[py][ya]*")}

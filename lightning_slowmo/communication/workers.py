@@ -17,35 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, BucketSizes, check_bucket_cap, sizes_for
 from lightning_slowmo.communication.pipeline import Transfer, complete
-from lightning_slowmo.parameters import DEFAULT_SIZES, GPU_SIZES, BucketSizes, sizes_for
+from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
     from lightning_slowmo.communication.transport import Transport
-
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""How long a worker waits for the others by default, as torch.distributed does."""
-
-
-def as_timeout(name: str, value: Any) -> timedelta:
-    """A duration that was given in seconds, or as a timedelta.
-
-    Args:
-        name: of the setting, for messages.
-        value: above 0.
-
-    Raises:
-        ValueError: if it is no duration.
-
-    Example:
-        >>> as_timeout("sync_timeout", 90)
-        datetime.timedelta(seconds=90)
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
-    limit = timedelta(seconds=value) if number else value
-    if not isinstance(limit, timedelta) or limit <= timedelta(0):
-        raise ValueError(f"{name} must be a number of seconds above 0, or a timedelta, got {value!r}.")
-    return limit
 
 
 class SyncError(RuntimeError):
@@ -118,6 +95,7 @@ class Workers:
         timeout: timedelta = DEFAULT_TIMEOUT,
         device: torch.device | str = "cpu",
         backend: str | None = None,
+        bucket_cap_mb: float | None = None,
     ) -> Workers:
         """Every process of ``torch.distributed`` is a worker; makes process groups (all processes must call this).
 
@@ -127,6 +105,10 @@ class Workers:
             backend: what tensors travel by, as for ``init_process_group``, for example ``"nccl"`` or
                 ``"cpu:gloo,cuda:nccl"``; None: torch's usual one for the device. With gloo, tensors of a GPU travel
                 through host memory.
+            bucket_cap_mb: size of messages in MiB, see :func:`~lightning_slowmo.bucket_sizes.sizes_for`.
+
+        Raises:
+            ValueError: if ``bucket_cap_mb`` differs between workers.
 
         Example::
 
@@ -135,10 +117,15 @@ class Workers:
         """
         from lightning_slowmo.communication.torch_transport import TorchTransport
 
+        check_bucket_cap(bucket_cap_mb)
         workers = cls(TorchTransport.of_world(timeout, device, backend), timeout)
-        sizes = sizes_for(device)  # messages are the same on all workers, whatever devices they have
-        everywhere = all(row == [float(sizes is GPU_SIZES)] for row in workers.gather([float(sizes is GPU_SIZES)]))
-        workers.sizes = sizes if everywhere else DEFAULT_SIZES
+        # Messages are the same on all workers, whatever devices they have.
+        on_gpu = torch.device(device).type == "cuda"
+        told = workers.gather([float(on_gpu), bucket_cap_mb or 0.0], "the size of messages")
+        if len({cap for _, cap in told}) > 1:
+            raise ValueError(f"bucket_cap_mb must be equal on all workers, got {[cap or None for _, cap in told]}.")
+        device = device if all(gpu for gpu, _ in told) else "cpu"
+        workers.sizes = sizes_for(device, workers.size, bucket_cap_mb)
         workers.traffic = Traffic()
         return workers
 

@@ -13,6 +13,7 @@ from lightning_slowmo.algorithms.source import source
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.plan.model import DDP, Prediction, predict
 from lightning_slowmo.presets import PRESETS
+from lightning_slowmo.traffic import AT_ONCE
 
 LONG = 12
 """Presets that by default wait at least so many steps take ``--sync-every``; the others keep their own."""
@@ -33,7 +34,12 @@ def at_period(algorithm: Algorithm, sync_every: int) -> Algorithm:
 
 
 def plan(
-    shapes: Sequence[Sequence[int]], workers: int, step: float, link: Link, sync_every: int | None = None
+    shapes: Sequence[Sequence[int]],
+    workers: int,
+    step: float,
+    link: Link,
+    sync_every: int | None = None,
+    bucket_cap_mb: float | None = None,
 ) -> dict[str, Prediction | str]:
     """DDP and all presets, by name; a text says why there is no prediction.
 
@@ -43,15 +49,20 @@ def plan(
         step: seconds of a step of one worker alone.
         link: of each worker.
         sync_every: optimizer steps between averages, see :func:`at_period`; None keeps the presets' own.
+        bucket_cap_mb: size of messages in MiB; None: as the strategy chooses it.
     """
     rows: dict[str, Prediction | str] = {"ddp": predict(DDP(), shapes, workers, step, link)}
     for name, preset in PRESETS.items():
         algorithm = preset if sync_every is None else at_period(preset, sync_every)
         try:
-            rows[name] = predict(algorithm, shapes, workers, step, link)
+            rows[name] = predict(algorithm, shapes, workers, step, link, bucket_cap_mb=bucket_cap_mb)
         except ValueError as error:
             rows[name] = str(error)
     return rows
+
+
+WORTH_IT = 0.97
+"""A size of messages is advised if steps take less than this share of what they take without."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,31 @@ class Advice:
     text: str
 
 
-def recommend(shapes: Sequence[Sequence[int]], workers: int, step: float, link: Link, sync_every: int = 12) -> Advice:
-    """What to do.
+def recommend(
+    shapes: Sequence[Sequence[int]],
+    workers: int,
+    step: float,
+    link: Link,
+    sync_every: int = 12,
+    bucket_cap_mb: float | None = None,
+) -> Advice:
+    """What to do; the arguments are those of :func:`plan`.
 
     The order is that of how little training changes: DDP, local steps with slow momentum, fewer syncs, fewer bits.
     """
+
+    def seconds(algorithm: Algorithm, cap: float | None = bucket_cap_mb) -> float:
+        return predict(algorithm, shapes, workers, step, link, bucket_cap_mb=cap).step
+
+    def advise(name: str, algorithm: Algorithm, text: str) -> Advice:
+        cap = bucket_cap_mb
+        if cap is None:
+            wanted = cap_for(link, workers, 4 * sum(math.prod(shape) for shape in shapes))
+            if seconds(algorithm, wanted) < WORTH_IT * seconds(algorithm):
+                cap = wanted
+                text += f" Messages of {cap} MiB wait less for the latency: {seconds(algorithm, cap) / step:.2f} times."
+        return Advice(name, strategy_of(algorithm, cap), text)
+
     ddp = predict(DDP(), shapes, workers, step, link).step
     stay = partial(Advice, "ddp", '"ddp"')
     if workers == 1:
@@ -81,13 +112,13 @@ def recommend(shapes: Sequence[Sequence[int]], workers: int, step: float, link: 
     if ddp <= GOOD_ENOUGH * step:
         return stay(f"Stay with ddp: it takes {ddp / step:.2f} times the computation, so there is little to gain.")
     slowmo, qprsgd = (at_period(PRESETS[name], sync_every) for name in ("slowmo", "qprsgd"))
-    takes = predict(slowmo, shapes, workers, step, link).step
+    takes = seconds(slowmo)
     if takes <= GOOD_ENOUGH * step:
         text = f"Use slowmo with sync_every={sync_every}: {ddp / takes:.1f} times as fast as ddp"
-        return Advice("slowmo", strategy_of(slowmo), f"{text}, {takes / step:.2f} times the computation.")
+        return advise("slowmo", slowmo, f"{text}, {takes / step:.2f} times the computation.")
     text = f"slowmo with sync_every={sync_every} takes {takes / step:.2f} times the computation"
     text += f" ({ddp / takes:.1f} times as fast as ddp)" if ddp > takes else ", more than ddp"
-    quantized = predict(qprsgd, shapes, workers, step, link).step
+    quantized = seconds(qprsgd)
     needed = math.ceil(sync_every * (takes - step) / ((GOOD_ENOUGH - 1) * step))
     text += f"; {GOOD_ENOUGH:g} times would need sync_every={needed}."
     if quantized < takes:
@@ -97,11 +128,26 @@ def recommend(shapes: Sequence[Sequence[int]], workers: int, step: float, link: 
     if min(takes, quantized) >= ddp:
         return stay(text)
     name, algorithm = ("slowmo", slowmo) if takes <= quantized else ("qprsgd", qprsgd)
-    return Advice(name, strategy_of(algorithm), text)
+    return advise(name, algorithm, text)
 
 
-def strategy_of(algorithm: Algorithm) -> str:
-    """What to write as ``Trainer(strategy=...)`` for a configuration.
+def cap_for(link: Link, workers: int, total_bytes: int) -> int:
+    """The size of messages with which latencies take a tenth of the time of the bytes, in MiB.
+
+    With :data:`~lightning_slowmo.traffic.AT_ONCE` buckets of B bytes under way, latencies take n x latency x bandwidth
+    / (2 B) of the time that the bytes take in an all-reduce of n workers.
+
+    Args:
+        link: of each worker.
+        workers: n.
+        total_bytes: of the parameters; messages take an eighth of them at most, for the memory's sake.
+    """
+    wanted = workers * link.latency * link.bandwidth / 8 / (AT_ONCE * (GOOD_ENOUGH - 1))
+    return max(8, math.ceil(min(wanted, total_bytes / 8) / 2**20))
+
+
+def strategy_of(algorithm: Algorithm, bucket_cap_mb: float | None = None) -> str:
+    """What to write as ``Trainer(strategy=...)`` for a configuration and a size of messages.
 
     Example:
         >>> strategy_of(PRESETS["slowmo"])
@@ -110,4 +156,5 @@ def strategy_of(algorithm: Algorithm) -> str:
     written = source(algorithm)
     if written == "SlowMo()":  # the number that there is most to say about
         written = f"SlowMo(sync_every={PRESETS['slowmo'].sync_every})"  # type: ignore[attr-defined]
-    return f"SlowMoStrategy({written})"
+    option = "" if bucket_cap_mb is None else f", bucket_cap_mb={bucket_cap_mb:g}"
+    return f"SlowMoStrategy({written}{option})"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_slowmo.bucket_sizes import check_bucket_cap
 from lightning_slowmo.communication import Workers
 from lightning_slowmo.communication.probe import Link, measure_link
 from lightning_slowmo.plan.advice import plan, recommend
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--bandwidth", type=checked(parse_bandwidth), help="of each worker's link, such as 1gbit")
     arguments.add_argument("--latency", type=checked(parse_seconds), help="of a message, such as 0.2ms (default) or 0")
     arguments.add_argument("--sync-every", type=int, help="steps between averages, for presets that wait 12 or more")
+    arguments.add_argument("--bucket-cap-mb", type=float, help="size of messages in MiB, as the strategy's option")
     arguments.add_argument("--measure", action="store_true", help="under torchrun: measure what is not given")
     arguments.add_argument(
         "--step", metavar="MODULE:FUNCTION", help="with --measure: a function that returns a model and a training step"
@@ -115,8 +117,8 @@ def main(command: Sequence[str] | None = None) -> None:
     if setting is None:
         return
     shapes, step, link, workers = setting
-    rows = plan(shapes, workers, step, link, given.sync_every)
-    advice = recommend(shapes, workers, step, link, given.sync_every or 12)
+    rows = plan(shapes, workers, step, link, given.sync_every, given.bucket_cap_mb)
+    advice = recommend(shapes, workers, step, link, given.sync_every or 12, given.bucket_cap_mb)
     numel = sum(math.prod(shape) for shape in shapes)
     if given.json:
         known = {name: asdict(row) if isinstance(row, Prediction) else row for name, row in rows.items()}
@@ -145,6 +147,10 @@ def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             reader.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    try:
+        check_bucket_cap(given.bucket_cap_mb)
+    except ValueError as error:
+        reader.error(str(error).replace("bucket_cap_mb", "--bucket-cap-mb"))
 
 
 def _given(given: argparse.Namespace) -> Setting:

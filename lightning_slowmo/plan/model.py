@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_slowmo.algorithms import Algorithm
+from lightning_slowmo.bucket_sizes import sizes_for
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.compression import (
     QSGD,
@@ -19,7 +20,6 @@ from lightning_slowmo.compression import (
     SignTopK,
     TopK,
 )
-from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.traffic import Sync, bytes_per_step, layout_of
 
 BACKWARD_SHARE = 0.6
@@ -104,6 +104,7 @@ def predict(
     link: Link,
     costs: Mapping[str, Costs] | None = None,
     handling: float = SECONDS_HANDLED,
+    bucket_cap_mb: float | None = None,
 ) -> Prediction:
     """What a way to train would take.
 
@@ -115,13 +116,14 @@ def predict(
         link: of each worker.
         costs: of compressors, by their representation, where :data:`COSTS` is not to be used.
         handling: seconds per element of a sync's own work, compression aside.
+        bucket_cap_mb: size of messages in MiB; None: as the strategy chooses it.
 
     Raises:
         ValueError: if a number is out of its range, or the algorithm does not say what it sends and keeps, or does not
             fit the workers.
     """
     _check_numbers(workers, step, link)
-    layout = layout_of(shapes)
+    layout = layout_of(shapes, sizes=sizes_for("cpu", workers, bucket_cap_mb))
     if isinstance(way, DDP):
         return _ddp(way, shapes, workers, step, link)
     if workers == 1:
@@ -131,7 +133,7 @@ def predict(
     for sync in every:
         hidden = min(transfer_seconds(sync, link), sync.behind * step)
         waits += (transfer_seconds(sync, link) - hidden + work_seconds(sync, costs, handling)) / sync.every
-    scratch = 4 * Scratch().count * max((b.numel for b in layout.buckets if not b.in_place), default=0)
+    scratch = 4 * layout.sizes.in_flight * max((b.numel for b in layout.buckets if not b.in_place), default=0)
     return Prediction(step + waits, bytes_per_step(every), 4 * way.state_numel(layout, workers) + scratch)
 
 

@@ -22,7 +22,7 @@ from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
 from lightning_slowmo.communication import nccl
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
+from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
 from lightning_slowmo.trainer import rendezvous
@@ -60,6 +60,8 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
         log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync, and a line with the totals to
             Lightning's log after the fit.
+        bucket_cap_mb: size of messages in MiB, as DDP's option of that name, equal on all workers. None: 8, or more for
+            many workers and large models. ``slowmo-plan`` says where latency and bandwidth ask for another one.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: set by the Trainer, or a plugin of the user's.
@@ -83,6 +85,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
     workers_per_node = _of_core("workers_per_node")
     shard_slow_state = _of_core("shard_slow_state")
     offload_slow_state = _of_core("offload_slow_state")
+    bucket_cap_mb = _of_core("bucket_cap_mb")
     everyone = _of_core("everyone")
     workers = _of_core("workers")
     engine = _of_core("engine")
@@ -98,6 +101,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
         shard_slow_state: bool = False,
         offload_slow_state: Literal["cpu"] | None = None,
         log_syncs: bool = True,
+        bucket_cap_mb: float | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -125,6 +129,7 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
             workers_per_node,
             shard_slow_state,
             offload_slow_state,
+            bucket_cap_mb,
         )
         self.ddp_kwargs = ddp_kwargs or {}
         self.log_syncs = log_syncs

@@ -16,8 +16,8 @@ import torch
 
 from lightning_slowmo import Algorithm, Engine, Gossip, LocalSGD, SlowMo, Workers, topology
 from lightning_slowmo.algorithms.gossip import RunningGossip
+from lightning_slowmo.bucket_sizes import BucketSizes
 from lightning_slowmo.communication import Reason
-from lightning_slowmo.parameters import BucketSizes
 from lightning_slowmo.presets import PRESETS
 from tests.algorithms import gossip_reference
 from tests.harness import run

@@ -8,7 +8,8 @@ import torch
 from lightning_slowmo import BMUF, DiLoCo, Engine, LocalSGD, SlowMo, Workers
 from lightning_slowmo.algorithms import Gossip
 from lightning_slowmo.averaging.sharded import Shards
-from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.bucket_sizes import BucketSizes
+from lightning_slowmo.parameters import Layout
 from lightning_slowmo.pieces import Pieces
 from lightning_slowmo.storage import flat_view
 from tests.harness import run

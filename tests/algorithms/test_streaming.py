@@ -14,9 +14,10 @@ from torch.nn import Parameter
 
 from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, Gossip, LocalSGD, SlowMo, Workers
 from lightning_slowmo.averaging import ExactAverager
+from lightning_slowmo.bucket_sizes import BucketSizes
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.compression import QSGD
-from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.parameters import Layout
 from tests import harness
 from tests.algorithms import reference
 from tests.algorithms.test_trajectories import INNER

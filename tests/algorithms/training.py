@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_slowmo import Algorithm, Engine, Workers
-from lightning_slowmo.parameters import BucketSizes
+from lightning_slowmo.bucket_sizes import BucketSizes
 
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]

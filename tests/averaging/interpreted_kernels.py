@@ -20,8 +20,9 @@ from lightning_slowmo.averaging.finite import is_finite
 from lightning_slowmo.averaging.kernels import table
 from lightning_slowmo.averaging.mean import average
 from lightning_slowmo.averaging.outer_step import OuterStep
+from lightning_slowmo.bucket_sizes import BucketSizes
 from lightning_slowmo.communication import Workers
-from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.parameters import Layout
 from lightning_slowmo.scratch import Scratch
 from lightning_slowmo.triton_support import interpreted
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_slowmo import Engine, SlowMo, Workers
 from lightning_slowmo.averaging.kernels import trace
-from lightning_slowmo.parameters import DEFAULT_SIZES, GPU_SIZES, sizes_for
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES, GPU_SIZES, sizes_for
 from lightning_slowmo.triton_support import works_on
 from tests.harness import run
 

@@ -7,8 +7,9 @@ from torch.nn import Parameter
 
 from lightning_slowmo.averaging.drift import Drift
 from lightning_slowmo.averaging.mean import average, average_tensors
+from lightning_slowmo.bucket_sizes import BucketSizes
 from lightning_slowmo.communication.broadcast import broadcast_tensors
-from lightning_slowmo.parameters import BucketSizes, Layout
+from lightning_slowmo.parameters import Layout
 from lightning_slowmo.scratch import Scratch
 from tests.on_workers import on_workers
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lightning_slowmo import Engine, SlowMo, Workers
+from lightning_slowmo.bucket_sizes import DEFAULT_SIZES
 from lightning_slowmo.communication.pipeline import complete, start
 from lightning_slowmo.communication.staging import Stage, Staged
 from lightning_slowmo.communication.torch_transport import backend_for
-from lightning_slowmo.parameters import DEFAULT_SIZES
 from tests.on_workers import on_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

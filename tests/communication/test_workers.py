@@ -115,6 +115,22 @@ def test_whoever_does_not_come_in_time_is_named():
             assert "Did not come (within 0:00:02): rank 1." in message
 
 
+def of_sizes(rank: int) -> tuple[int, str]:
+    same = Workers.from_world(bucket_cap_mb=25).sizes.bucket_bytes
+    try:
+        Workers.from_world(bucket_cap_mb=25 if rank else None)
+    except ValueError as error:
+        return same, str(error)
+    return same, "no error"
+
+
+@pytest.mark.processes
+def test_messages_are_of_one_size_on_all_workers():
+    for size, error in run(2, of_sizes):
+        assert size == 25 * 2**20
+        assert error == "bucket_cap_mb must be equal on all workers, got [None, 25.0]."
+
+
 def failing(rank: int) -> str:
     workers = Workers.from_world(timeout=timedelta(seconds=2))
     if rank == 1:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from lightning_slowmo import Algorithm, Engine, SyncError, Workers
 from lightning_slowmo.algorithms import BMUF, APMSqueeze, DiLoCo, LocalSGD, SensedSGD, SketchedSGD, SlowMo
-from lightning_slowmo.parameters import BucketSizes
+from lightning_slowmo.bucket_sizes import BucketSizes
 from lightning_slowmo.presets import PRESETS
 from tests.gpu.on_one_card import BOTH, join, run
 

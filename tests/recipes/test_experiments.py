@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from recipes import config as configuration_check
 from recipes.record import Record
+from recipes.simulated import simulated
 from tests.recipes.data import write_tar, write_tree
 from tests.recipes.small_runs import CONF, configuration, run_all
 
@@ -66,8 +67,7 @@ def test_trainer_cpu_puts_it_on_this_machines_processor(experiment, tmp_path):
     ("experiment", "machines"),
     [
         ("cifar10/sgp", (32, 1, "32-true")),
-        ("imagenet/sgp", (32, 8, "32-true")),
-        ("wmt16/sgp", (8, 8, "16-mixed")),
+        ("qprsgd/ring", (1, 8, "32-true")),
         ("choco/sign", (1, 8, "32-true")),
     ],
 )
@@ -75,6 +75,16 @@ def test_the_papers_machines_are_the_default(experiment, machines, tmp_path):
     trainer = configuration(tmp_path, [f"experiment={experiment}"]).trainer
     assert (trainer.num_nodes, trainer.devices, trainer.precision) == machines
     assert trainer.accelerator == "gpu"
+    played = simulated(configuration(tmp_path, [f"experiment={experiment}", "trainer=simulated"]))
+    assert played.strategy.workers == machines[0] * machines[1]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "machines"), [("imagenet/sgp", (32, 8, "32-true")), ("wmt16/sgp", (8, 8, "16-mixed"))]
+)
+def test_the_papers_machines_with_several_processes_a_worker(experiment, machines, tmp_path):
+    trainer = configuration(tmp_path, [f"experiment={experiment}"]).trainer
+    assert (trainer.num_nodes, trainer.devices, trainer.precision) == machines
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.endswith("tau_sweep")])

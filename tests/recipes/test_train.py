@@ -21,6 +21,7 @@ from lightning_slowmo import PRESETS
 from recipes import config as configuration_check
 from recipes import job, schedules, train
 from recipes.record import Record
+from recipes.simulated import simulated
 from tests.harness import run_trainers
 from tests.recipes.small_runs import CONF, configuration, run_all
 
@@ -64,8 +65,10 @@ def test_a_compressor_can_be_put_into_a_strategy(name):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
-def test_trainers_fit_lightnings(name):
-    configuration_check.check(composed(f"trainer={name}", "trainer.default_root_dir=here"), groups=["trainer"])
+def test_trainers_fit_lightnings(name, tmp_path):
+    machines = ["machines={num_nodes: 2, devices: 4, precision: 32-true}"] if name == "paper" else []
+    config = simulated(configuration(tmp_path, [f"trainer={name}", *machines]))
+    configuration_check.check(config, groups=["trainer"])
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
