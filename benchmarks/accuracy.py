@@ -94,7 +94,8 @@ def rows(family: str, task: Task) -> dict[str, Row]:
         "sensed_sgd": Row(PRESETS["sensed_sgd"], "plain"),
         "ddp, Adam": Row(PRESETS["allreduce"], "adam"),
         "apmsqueeze": Row(APMSqueeze(warmup), "adam"),
-        "apmsqueeze, l1 scale": Row(APMSqueeze(warmup, Sign("l1")), "adam"),
+        "apmsqueeze, l1 scale, no floor": Row(APMSqueeze(warmup, Sign("l1"), floor=0.0), "adam"),
+        "apmsqueeze, no floor": Row(APMSqueeze(warmup, floor=0.0), "adam"),
     }
 
 

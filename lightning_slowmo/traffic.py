@@ -168,6 +168,20 @@ def compressed_mean(layout: Layout, workers: int, compressor: Compressor, transp
     return Sync(1, sent, sent, 2 * (workers - 1) * buckets, numel, numel + share, decompressed, compressor)
 
 
+def gathered_mean(layout: Layout, workers: int, compressor: Compressor) -> Sync:
+    """A mean of compressed messages of which every worker gets everybody's, along a ring.
+
+    Args:
+        layout: of what is averaged.
+        workers: how many.
+        compressor: of the messages.
+    """
+    size = sum(compressor.payload_bytes(bucket.segments, bucket.dtype) for bucket in layout.buckets)
+    sent, numel, messages = (workers - 1) * size, layout.numel, (workers - 1) * len(layout.buckets)
+    told = sum(compressor.share(length) * length for bucket in layout.buckets for length in bucket.segments)
+    return Sync(1, sent, sent, messages, TWICE * numel, numel, workers * told, compressor)
+
+
 def exchange(
     layout: Layout, workers: int, topology: Any, mixing: Mixing = "uniform", compressor: Compressor | None = None
 ) -> Sync:

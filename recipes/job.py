@@ -80,7 +80,7 @@ def run(config: DictConfig) -> Record | None:
         value=float(metrics[config.metric]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sync_every=every if isinstance(every := getattr(algorithm, "sync_every", None), int) else None,
-        slow_momentum=getattr(algorithm, "slow_momentum", None),
+        slow_momentum=beta if isinstance(beta := getattr(algorithm, "slow_momentum", None), (int, float)) else None,
         versions=versions(),
         paper=settings["paper"],
         **measured,

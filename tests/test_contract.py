@@ -21,9 +21,11 @@ from lightning_slowmo import (
     Gossip,
     LocalSGD,
     PostLocal,
+    Ramp,
     SensedSGD,
     SketchedSGD,
     SlowMo,
+    SparseLoCo,
     SQuARM,
     Stages,
     Threshold,
@@ -31,7 +33,7 @@ from lightning_slowmo import (
 )
 from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.in_process import in_process, together
-from lightning_slowmo.compression import QSGD, Sign, SignTopK, TopK
+from lightning_slowmo.compression import QSGD, ChunkedTopK, Sign, SignTopK, TopK
 from tests.algorithms.training import (
     CHANGING,
     MOMENTUM,
@@ -64,6 +66,9 @@ VARIANTS = {
     "slowmo_sgp with QSR": SlowMo(Gossip(), sync_every=QSR(2, 0.2)),
     "bmuf in stages": BMUF(Stages({0: 1, 5: 3}), warmup_steps=4, block_momentum=0.5),
     "qprsgd_gossip in stages": QPRSGD(Stages({0: 1, 5: 3}), transport="gossip"),
+    "diloco with a ramp": DiLoCo(4, outer_momentum=Ramp({0: 0.0, 8: 0.9, 16: 0.4}), fragments=2),
+    "slowmo_sgp with a ramp": SlowMo(Gossip(), sync_every=4, slow_momentum=Ramp({0: 0.0, 12: 0.8})),
+    "sparse_loco of few": SparseLoCo(4, 0.8, 0.9, ChunkedTopK(k=2, chunk=4)),
     "qprsgd with feedback": QPRSGD(3, Sign("l1"), "two_shot", error_feedback=True),
 }
 

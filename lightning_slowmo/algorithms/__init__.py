@@ -8,11 +8,14 @@ from lightning_slowmo.algorithms.consensus_step import suggest_consensus_step
 from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
+from lightning_slowmo.algorithms.noloco import NoLoCo
 from lightning_slowmo.algorithms.quantized_averaging import QPRSGD
+from lightning_slowmo.algorithms.ramp import Ramp
 from lightning_slowmo.algorithms.schedules import QSR, PostLocal, Schedule, Stages
 from lightning_slowmo.algorithms.sensed_sgd import SensedSGD
 from lightning_slowmo.algorithms.sketched_sgd import SketchedSGD
 from lightning_slowmo.algorithms.slow_momentum import SlowMo
+from lightning_slowmo.algorithms.sparse_loco import SparseLoCo
 from lightning_slowmo.algorithms.squeezed_adam import APMSqueeze
 
 __all__ = [
@@ -25,7 +28,9 @@ __all__ = [
     "DiLoCo",
     "Gossip",
     "LocalSGD",
+    "NoLoCo",
     "PostLocal",
+    "Ramp",
     "Round",
     "Running",
     "SQuARM",
@@ -33,6 +38,7 @@ __all__ = [
     "SensedSGD",
     "SketchedSGD",
     "SlowMo",
+    "SparseLoCo",
     "Stages",
     "SyncReport",
     "Threshold",

@@ -24,12 +24,12 @@ from lightning_slowmo.algorithms.base import (
     Running,
     Synced,
     check_compressor,
-    check_momentum,
     check_rate,
 )
 from lightning_slowmo.algorithms.local_sgd import local_steps
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
 from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.ramp import Ramp, check_momentum_or_ramp, momentum_at
 from lightning_slowmo.algorithms.schedules import (
     PostLocal,
     Schedule,
@@ -59,7 +59,7 @@ class DiLoCo(Algorithm):
         sync_every: optimizer steps between outer steps, the paper's H; or a schedule, see
             :class:`~lightning_slowmo.LocalSGD`.
         outer_lr: learning rate of the outer Nesterov SGD.
-        outer_momentum: its momentum, in [0, 1).
+        outer_momentum: its momentum, in [0, 1); a :class:`~lightning_slowmo.Ramp` lets it change, as in Pier.
         outer_optimizer: another optimizer of ``torch.optim`` instead: a callable that takes parameters, for example
             ``functools.partial(torch.optim.Adam, lr=1e-3)``. ``outer_lr`` and ``outer_momentum`` then do not apply.
         compressor: how outer gradients are compressed, with error feedback; None sends them in full.
@@ -76,7 +76,7 @@ class DiLoCo(Algorithm):
 
     sync_every: int | Schedule = 500
     outer_lr: float = 0.7
-    outer_momentum: float = 0.9
+    outer_momentum: float | Ramp = 0.9
     outer_optimizer: OuterOptimizer | None = None
     compressor: Compressor | None = None
     overlap: int = 0
@@ -85,7 +85,7 @@ class DiLoCo(Algorithm):
     def __post_init__(self) -> None:
         check_sync_every(self.sync_every)
         check_rate("outer_lr", self.outer_lr)
-        check_momentum("outer_momentum", self.outer_momentum)
+        check_momentum_or_ramp("outer_momentum", self.outer_momentum)
         if self.compressor is not None:
             check_compressor(self.compressor)
         if self.outer_optimizer is not None and not callable(self.outer_optimizer):
@@ -117,7 +117,7 @@ class DiLoCo(Algorithm):
             mean = traffic.compressed_mean(layout, workers, self.compressor, "two_shot", feedback=True)
         else:
             mean = self.average_sync(layout, workers)
-        head = header(self.sync_every, workers)
+        head = header(self.sync_every, workers, isinstance(self.outer_momentum, Ramp))
         return traffic.averages(usual(self.sync_every), head, mean, self.overlap, self.fragments)
 
     def state_numel(self, layout: Layout, workers: int) -> float:
@@ -170,12 +170,14 @@ class RunningDiLoCo(RunningOuterLoop):
 
     def __init__(self, config: DiLoCo, optimizer: Optimizer, workers: Workers) -> None:
         base = local_steps(optimizer, workers, config.sync_every, config.overlap, config.fragments, config.compressor)
-        super().__init__(base, divided(config.sync_every, config.fragments), "maintain", optimizer, workers)
+        every, counted = divided(config.sync_every, config.fragments), isinstance(config.outer_momentum, Ramp)
+        super().__init__(base, every, "maintain", optimizer, workers, counted=counted)
         self.config = config
 
     def scalars(self, round: Round) -> list[Scalars]:
         """Outer learning rate and momentum."""
-        numbers = {"outer_lr": self.config.outer_lr, "outer_momentum": self.config.outer_momentum}
+        momentum = momentum_at(self.config.outer_momentum, self.clock.taken)
+        numbers = {"outer_lr": self.config.outer_lr, "outer_momentum": momentum}
         return [numbers] * len(self.optimizer.param_groups)
 
 

@@ -72,6 +72,9 @@ class RunningPostLocal(Running):
         inner = self.config.bind(self.optimizer, self.workers)
         if self._place is not None:
             inner.place_slow_state(*self._place)
+        for each in (inner, inner.innermost):
+            if each.clock is not None:  # a momentum that changes does so from the beginning of training
+                each.clock.taken = self.schedule.start
         self.started = True
         self._show(inner)
 

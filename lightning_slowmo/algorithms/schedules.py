@@ -192,7 +192,7 @@ class Stages(Schedule):
     def __post_init__(self) -> None:
         pairs = self.stages.items() if isinstance(self.stages, Mapping) else self.stages
         try:
-            stages = _Frozen(sorted((start, every) for start, every in pairs))
+            stages = FrozenMapping(sorted((start, every) for start, every in pairs))
         except (TypeError, ValueError):
             raise ValueError(f"stages must be a mapping such as {{0: 1, 1000: 4}}, got {self.stages!r}.") from None
         for start, every in stages.items():
@@ -225,19 +225,19 @@ class Stages(Schedule):
         return list(self.stages.values())[-1]
 
 
-class _Frozen(dict[int, int]):
+class FrozenMapping(dict[int, Any]):
     """A mapping that has a hash, as a field of a frozen dataclass needs one."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("The stages of a schedule cannot be changed; make another one.")
+        raise TypeError("A schedule cannot be changed; make another one.")
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Frozen, (list(self.items()),)
+        return FrozenMapping, (list(self.items()),)
 
 
 def check_sync_every(value: Any) -> None:

@@ -29,7 +29,6 @@ from lightning_slowmo.algorithms.base import (
     Running,
     agreed_rates,
     check_compressor,
-    check_momentum,
     check_rate,
     learning_rates,
 )
@@ -37,6 +36,7 @@ from lightning_slowmo.algorithms.inner_buffers import InnerBuffers
 from lightning_slowmo.algorithms.local_sgd import LocalSGD, local_steps
 from lightning_slowmo.algorithms.outer_loop import RunningOuterLoop, Scalars
 from lightning_slowmo.algorithms.post_local import RunningPostLocal
+from lightning_slowmo.algorithms.ramp import Ramp, check_momentum_or_ramp, momentum_at
 from lightning_slowmo.algorithms.schedules import (
     PostLocal,
     Schedule,
@@ -73,6 +73,7 @@ class SlowMo(Algorithm):
         sync_every: optimizer steps between slow updates, the paper's tau; or a schedule, see
             :class:`~lightning_slowmo.LocalSGD`. A base with another period needs an integer.
         slow_momentum: the paper's beta, in [0, 1). The paper tuned 0.4 to 0.8 case by case; more for more workers.
+            A :class:`~lightning_slowmo.Ramp` lets it change as training goes on.
         slow_lr: the paper's alpha. The paper always found 1 best.
         inner_buffers: the optimizer's own buffers at a slow update: ``"reset"`` to zero, ``"maintain"`` each worker's,
             ``"average"`` them (at the cost of more messages), or ``"auto"``: reset momentum, but maintain Adam's, as
@@ -97,7 +98,7 @@ class SlowMo(Algorithm):
 
     base: Algorithm | None = None
     sync_every: int | Schedule = 12
-    slow_momentum: float = 0.5
+    slow_momentum: float | Ramp = 0.5
     slow_lr: float = 1.0
     inner_buffers: InnerBuffers = "auto"
     average: bool = True
@@ -107,7 +108,7 @@ class SlowMo(Algorithm):
 
     def __post_init__(self) -> None:
         check_sync_every(self.sync_every)
-        check_momentum("slow_momentum", self.slow_momentum)
+        check_momentum_or_ramp("slow_momentum", self.slow_momentum)
         check_rate("slow_lr", self.slow_lr)
         inner_buffers.check(self.inner_buffers)
         if self.base is None:
@@ -156,7 +157,8 @@ class SlowMo(Algorithm):
             parts = [self.base.average_sync(layout, workers)]
         if self.inner_buffers == "average":
             parts.append(traffic.all_reduce(layout, workers))
-        head, whole, every = header(self.sync_every, workers), traffic.together(1, *parts), usual(self.sync_every)
+        head = header(self.sync_every, workers, isinstance(self.slow_momentum, Ramp))
+        whole, every = traffic.together(1, *parts), usual(self.sync_every)
         outer = traffic.averages(every, head, whole, self.overlap, self.fragments)
         return [*traffic.between_averages(inside, every), *outer]
 
@@ -245,7 +247,8 @@ class RunningSlowMo(RunningOuterLoop):
         else:
             base = config.base.bind(optimizer, workers)
         every = divided(config.sync_every, config.fragments)
-        super().__init__(base, every, config.inner_buffers, optimizer, workers, config.average)
+        counted = isinstance(config.slow_momentum, Ramp)
+        super().__init__(base, every, config.inner_buffers, optimizer, workers, config.average, counted)
         self.config = config
         self.momentum_rates = [learning_rates(optimizer) for _ in range(config.fragments)]
 
@@ -255,7 +258,8 @@ class RunningSlowMo(RunningOuterLoop):
         rates, old_rates = agreed_rates(self.optimizer, self.workers, round), self._old_rates(fragment)
         # A rate of 0 leaves the momentum in its old units, for the next rate that is not.
         self.momentum_rates[fragment] = [new or old for new, old in zip(rates, old_rates, strict=True)]
-        fixed = {"slow_momentum": self.config.slow_momentum, "slow_lr": self.config.slow_lr}
+        beta = momentum_at(self.config.slow_momentum, self.clock.taken)
+        fixed = {"slow_momentum": beta, "slow_lr": self.config.slow_lr}
         ratios = [(new / old if old else 1.0) if new else None for new, old in zip(rates, old_rates, strict=True)]
         return [fixed | {"rate_ratio": ratio} for ratio in ratios]
 

@@ -18,12 +18,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.all_reduce import RunningAllReduce
-from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, agreed_rates, check_compressor, check_period
+from lightning_slowmo.algorithms.base import (
+    Algorithm,
+    Running,
+    Synced,
+    agreed_rates,
+    check_compressor,
+    check_period,
+    check_rate,
+)
 from lightning_slowmo.averaging.averager import copy_state
 from lightning_slowmo.averaging.compressed import generators
 from lightning_slowmo.averaging.drift import Drift
@@ -52,6 +61,9 @@ class APMSqueeze(Algorithm):
         uncompressed_below: tensors of fewer elements, such as biases and norms, have their momenta averaged exactly:
             they are few bytes, and one scale for all of a small tensor's signs fits it badly.
         seed: of the compressor's randomness.
+        floor: least sqrt(v_Tw) of an element whose momentum is compressed, relative to the root mean square of its
+            tensor's. Compressed, the momenta of a tensor have one magnitude; without a floor (0, the paper's listing),
+            an element that has hardly had a gradient in the warm-up is thrown thousands of learning rates a step.
 
     Raises:
         ValueError: if an argument is out of its range. :meth:`bind` raises it unless the optimizer is Adam or AdamW
@@ -66,8 +78,10 @@ class APMSqueeze(Algorithm):
     compressor: Compressor = field(default_factory=lambda: Sign("l2"))
     uncompressed_below: int = 0
     seed: int = 0
+    floor: float = 0.1
 
     def __post_init__(self) -> None:
+        check_rate("floor", self.floor)
         if self.warmup_steps != "auto":
             check_period("warmup_steps", self.warmup_steps)
         check_compressor(self.compressor)
@@ -200,9 +214,12 @@ class RunningAPMSqueeze(RunningAllReduce):
         self.steps = rows[source]
         weights = [float(row == rows[source]) for row in rows]
         average_tensors([*self.momentum, *self.variance], self.workers, weights)
-        for index, (_, _, v) in enumerate(self._buffers()):
+        for index, (p, _, v) in enumerate(self._buffers()):
             if self.steps[index]:
                 v.div_(1 - self._beta2(index) ** self.steps[index])
+                if self.config.floor and not self._is_small(p):
+                    # Where nothing is known of the second moment, it stays 0, and the element where it is.
+                    v.copy_(torch.where(v > 0, v.clamp(min=float(v.mean()) * self.config.floor**2), v))
         average_tensors(self.layout.parameters, self.workers, weights)
         self.anchor = self.layout.snapshot()
         self.freezing, self.frozen = False, True

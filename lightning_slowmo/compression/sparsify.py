@@ -18,11 +18,12 @@ from lightning_slowmo.compression.base import (
     compute_dtype,
     variance_contraction,
 )
+from lightning_slowmo.compression.bins import Bins
 from lightning_slowmo.compression.finite import FiniteCheck
 from lightning_slowmo.compression.hashing import draw_key, hashed
 from lightning_slowmo.compression.indices import decode_indices, encode_indices, index_bytes, nonzero
 from lightning_slowmo.compression.quantize import Identity
-from lightning_slowmo.compression.segments import block_length
+from lightning_slowmo.compression.segments import block_length, pieces
 from lightning_slowmo.compression.sign import Sign
 
 _SAMPLE = 1 << 14
@@ -122,18 +123,22 @@ class TopK(_Sparsifier):
         check: FiniteCheck,
     ) -> None:
         check.require(flat, self)
-        counts = self._counts(segments)
+        lengths, counts = self._cut(segments)
         if kernels.available(flat):
             from lightning_slowmo.compression.kernels import select
 
-            indices = select.top_indices(flat, segments, counts)
+            indices = select.top_indices(flat, lengths, counts)
         else:
-            begins = accumulate(segments, initial=0)
-            parts = zip(flat.split(segments), counts, begins, strict=False)
+            begins = accumulate(lengths, initial=0)
+            parts = zip(flat.split(lengths), counts, begins, strict=False)
             indices = torch.cat([top_indices(part, count).add_(begin) for part, count, begin in parts])
         payload, places = fields
-        payload.copy_(self.values.encode(flat.index_select(0, indices), counts, generator, check))
+        payload.copy_(self.values.encode(flat.index_select(0, indices), self._counts(segments), generator, check))
         encode_indices(indices, flat.numel(), places)
+
+    def _cut(self, segments: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of the pieces of which the largest are taken each, and how many."""
+        return segments, self._counts(segments)
 
     def _kept_elements(
         self, fields: list[Tensor], segments: tuple[int, ...], dtype: torch.dtype
@@ -167,6 +172,40 @@ class SignTopK(TopK):
         """``min(1 / k, k / d)``: the worst cases are one large element and equal elements."""
         kept = self.kept(length)
         return min(1 / kept, kept / length) if length else 1.0
+
+
+@dataclass(frozen=True)
+class ChunkedTopK(TopK):
+    """Sends the largest elements of each chunk of a tensor, so that every part of it has its share.
+
+    Args:
+        k: number of elements of each chunk; a chunk that is shorter than that is sent whole. Default: 64.
+        values: compressor for the kept elements of each tensor. Default: 2 bits, as in SparseLoCo.
+        chunk: elements of a chunk, one after the other in memory; the last one of a tensor may be shorter.
+
+    References:
+        SparseLoCo (arXiv 2508.15706), whose code cuts matrices into blocks of 64 x 64, which are 4096 elements as well.
+    """
+
+    fraction: float = field(default=1.0, init=False)
+    k: int | None = 64
+    values: Compressor = field(default_factory=Bins)
+    chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k is None or self.chunk < 1:
+            raise ValueError(f"k is {self.k} and chunk is {self.chunk}; both must be at least 1 element")
+
+    def kept(self, length: int) -> int:
+        """``k`` elements of each chunk, or all of a shorter one."""
+        full, rest = divmod(length, self.chunk)
+        most = self.k or 0
+        return full * min(self.chunk, most) + min(rest, most)
+
+    def _cut(self, segments: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        lengths = tuple(piece.stop - piece.start for piece in pieces(segments, self.chunk))
+        return lengths, tuple(min(length, self.k or 0) for length in lengths)
 
 
 @dataclass(frozen=True)

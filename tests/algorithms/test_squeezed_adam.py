@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_slowmo import AllReduce, APMSqueeze
+from lightning_slowmo import AllReduce, APMSqueeze, Engine
 from lightning_slowmo.communication.compressed import mean_bytes
 from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.communication.workers import Workers
@@ -50,7 +50,7 @@ def listing(workers, warmup, kind):
 @on_threads(1, 2, 3, 4, each=list(OPTIMIZERS))
 def test_without_loss_it_is_adam_whose_second_moment_stops(workers, case):
     with small_buckets(workers):
-        ours = train(workers, APMSqueeze(9, Identity()), CHANGING, OPTIMIZERS[case])
+        ours = train(workers, APMSqueeze(9, Identity(), floor=0.0), CHANGING, OPTIMIZERS[case])
     same(ours, listing(workers.size, 9, case))
 
 
@@ -106,7 +106,7 @@ def test_small_tensors_are_averaged_exactly(workers):
 
 @on_threads(1, 3)
 def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
-    for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7)):
+    for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7, floor=0.0)):
         with small_buckets(workers):
             ours = train(workers, algorithm, CHANGING, OPTIMIZERS["adamw"])
         same(ours, listing(workers.size, 9, "adamw"))
@@ -213,3 +213,30 @@ def test_other_optimizers_and_amsgrad_are_refused():
         APMSqueeze(0)
     with pytest.raises(ValueError, match="uncompressed_below"):
         APMSqueeze(uncompressed_below=-1)
+    with pytest.raises(ValueError, match="floor must be a finite number of at least 0, got -1"):
+        APMSqueeze(floor=-1)
+
+
+@on_threads(2)
+def test_an_element_almost_without_gradients_in_the_warm_up_is_not_thrown_far(workers):
+    """What made training diverge: all momenta of a tensor get one magnitude, and one is divided by next to 0."""
+    rate, farthest = 0.01, {}
+    for floor in (0.0, 0.1):
+        parameter = torch.nn.Parameter(torch.zeros(512, dtype=torch.float64))
+        optimizer = torch.optim.Adam([parameter], lr=rate, betas=(B1, B2))
+        engine = Engine(APMSqueeze(8, floor=floor), [optimizer], workers)
+        generator = torch.Generator().manual_seed(workers.rank)
+        for _ in range(10):
+            before = parameter.detach().clone()
+            parameter.grad = torch.randn(512, generator=generator, dtype=torch.float64)
+            parameter.grad[7] *= 1e-6
+            engine.after_backward()
+            optimizer.step()
+            engine.after_step()
+        assert engine.units[0].syncs == 2
+        moved = (parameter.detach() - before).abs() / rate
+        farthest[floor] = float(moved.max()), int(moved.argmax()), float(moved.median())
+    assert farthest[0.0][0] > 1e4
+    assert farthest[0.0][1] == 7
+    assert farthest[0.1][0] < 20
+    assert farthest[0.1][2] == pytest.approx(farthest[0.0][2])  # all others step as in the listing
