@@ -36,6 +36,8 @@ from lightning_slowmo.communication.in_process import together
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
 
+if find_spec("lightning_fabric") or find_spec("lightning"):
+    from lightning_slowmo.fabric import SlowMoFabricStrategy
 if find_spec("pytorch_lightning"):
     from lightning_slowmo.pl import SimulatedStrategy, SlowMoStrategy
 if find_spec("lightning"):
@@ -59,6 +61,7 @@ __all__ = [
     "SimulatedStrategy",
     "SketchedSGD",
     "SlowMo",
+    "SlowMoFabricStrategy",
     "SlowMoStrategy",
     "Stages",
     "SyncError",
