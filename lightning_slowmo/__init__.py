@@ -35,6 +35,7 @@ from lightning_slowmo.communication import SyncError, Workers
 from lightning_slowmo.communication.in_process import together
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
+from lightning_slowmo.qsdp import QSDP
 
 if find_spec("lightning_fabric") or find_spec("lightning"):
     from lightning_slowmo.fabric import SlowMoFabricStrategy
@@ -47,6 +48,7 @@ __all__ = [
     "BMUF",
     "PRESETS",
     "QPRSGD",
+    "QSDP",
     "QSR",
     "APMSqueeze",
     "Algorithm",

@@ -499,7 +499,7 @@ print("loaded:", foreign + own)
 
 @pytest.mark.processes
 def test_neither_lightning_nor_its_trainer_is_needed():
-    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "loaded: []", done.stderr
 
 
@@ -507,7 +507,7 @@ def test_neither_lightning_nor_its_trainer_is_needed():
 @pytest.mark.processes
 def test_processes_may_be_spawned():
     code = "from tests.fabric.test_fabric import *; spawn()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert "syncs: 1" in done.stdout, done.stderr
 
 
