@@ -38,7 +38,10 @@ from lightning_slowmo.communication import SyncError, Workers
 from lightning_slowmo.communication.in_process import together
 from lightning_slowmo.engine import Engine
 from lightning_slowmo.presets import PRESETS
+from lightning_slowmo.qsdp import QSDP
 
+if find_spec("lightning_fabric") or find_spec("lightning"):
+    from lightning_slowmo.fabric import SlowMoFabricStrategy
 if find_spec("pytorch_lightning"):
     from lightning_slowmo.pl import SimulatedStrategy, SlowMoStrategy
 if find_spec("lightning"):
@@ -48,6 +51,7 @@ __all__ = [
     "BMUF",
     "PRESETS",
     "QPRSGD",
+    "QSDP",
     "QSR",
     "APMSqueeze",
     "Algorithm",
@@ -64,6 +68,7 @@ __all__ = [
     "SimulatedStrategy",
     "SketchedSGD",
     "SlowMo",
+    "SlowMoFabricStrategy",
     "SlowMoStrategy",
     "SparseLoCo",
     "Stages",

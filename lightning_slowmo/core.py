@@ -344,7 +344,9 @@ class StrategyCore:
             write_main,
         )
 
-    def load(self, checkpoint: Mapping[str, Any], path: str | os.PathLike) -> Restored:
+    def load(
+        self, checkpoint: Mapping[str, Any], path: str | os.PathLike, weights: Sequence[str] = ("state_dict",)
+    ) -> Restored:
         """Read what :meth:`save` wrote beside a main file; every process must call this.
 
         The engine need not exist yet: what is returned goes to :meth:`restore` when it does.
@@ -352,8 +354,9 @@ class StrategyCore:
         Args:
             checkpoint: the main file's content.
             path: of the main file.
+            weights: the entries of ``checkpoint`` that hold the consensus weights.
         """
-        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind)
+        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, weights)
 
     def restore(self, restored: Restored) -> None:
         """Give the engine the state that :meth:`load` read, as far as it could be read.

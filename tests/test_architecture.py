@@ -39,7 +39,10 @@ FLOORS = {
     "checkpoint": 4,
     "core": 4,
     "callbacks": 5,
+    "rendezvous": 5,
+    "unsynced": 5,
     "trainer": 5,
+    "fabric": 5,
     "strategy": 5,
     "pl": 5,
     "__init__": 6,
@@ -48,8 +51,8 @@ FLOORS = {
 }
 """The floor of each room: a module or a folder at the top of the package."""
 
-KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private/__init__.py"]
-"""Files below Lightning's floor that know torch.distributed: the transport, and those that ask for a process group."""
+KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private/__init__.py", "qsdp.py"]
+"""Files below Lightning's floor that know torch.distributed: the transport, FSDP2's, those that ask for a group."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

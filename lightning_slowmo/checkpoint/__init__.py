@@ -39,7 +39,7 @@ import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,13 @@ def save(
         files.remove_folders(path, but=name)
 
 
-def load(checkpoint: Mapping[str, Any], path: str | os.PathLike, workers: Workers, algorithm: str) -> Restored:
+def load(
+    checkpoint: Mapping[str, Any],
+    path: str | os.PathLike,
+    workers: Workers,
+    algorithm: str,
+    weights: Sequence[str] = ("state_dict",),
+) -> Restored:
     """Read what :func:`save` wrote beside a main file; all workers must call this and come to the same conclusion.
 
     Args:
@@ -144,6 +150,7 @@ def load(checkpoint: Mapping[str, Any], path: str | os.PathLike, workers: Worker
         path: of the main file.
         workers: all of them.
         algorithm: what kind of state is wanted.
+        weights: the entries that hold the consensus weights.
 
     Raises:
         ValueError: if the main file is damaged, or is not the same for all workers.
@@ -153,7 +160,7 @@ def load(checkpoint: Mapping[str, Any], path: str | os.PathLike, workers: Worker
     refusal = _refusal(note, algorithm)
     if refusal is not None:
         return Restored(warning=f"{path} {refusal}: the algorithm starts anew from its weights.")
-    if "state_dict" in changed:
+    if set(weights) & set(changed):
         return Restored(
             warning=f"The weights in {path} were changed, and it was saved again, after the strategy had written it: "
             "the algorithm starts anew from its weights."
@@ -164,7 +171,7 @@ def load(checkpoint: Mapping[str, Any], path: str | os.PathLike, workers: Worker
     if changed:
         texts.append(
             f"{', '.join(changed)} of {path} was changed, and it was saved again, after the strategy had written it; "
-            f"of {', '.join(PER_RANK)} each worker's own counts, which lies beside it."
+            "where each worker has its own (optimizers, schedulers, progress), the one that lies beside it counts."
         )
     shared: dict[str, Any] | None = found.shared
     local = entries = None

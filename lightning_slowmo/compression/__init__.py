@@ -5,6 +5,7 @@ Tensors and numbers only; processes and networks are other modules' business.
 
 from lightning_slowmo.compression.base import Compressor, compute_dtype
 from lightning_slowmo.compression.bins import Bins
+from lightning_slowmo.compression.grid import ShiftedGrid
 from lightning_slowmo.compression.hashing import seeded_generator
 from lightning_slowmo.compression.quantize import QSGD, Cast, Identity
 from lightning_slowmo.compression.segments import slice_segments
@@ -24,6 +25,7 @@ __all__ = [
     "RandomK",
     "Recovery",
     "Sensing",
+    "ShiftedGrid",
     "Sign",
     "SignTopK",
     "TopK",

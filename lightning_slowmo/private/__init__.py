@@ -287,6 +287,17 @@ def log_nothing(trainer: Any, described: Sequence[dict[str, Any]]) -> None:
         results[entry["key"]] = metric.to(trainer.strategy.root_device)
 
 
+# Lightning: Fabric ----------------------------------------------------------------------------------------------------
+
+
+def joint_setup_required(strategy: Any) -> str:
+    """What Fabric's strategies say when a model and its optimizers are set up one by one.
+
+    Tested with Lightning 2.6.6 (``Strategy._err_msg_joint_setup_required``). Public replacement: none.
+    """
+    return strategy._err_msg_joint_setup_required()
+
+
 # Lightning: callbacks -------------------------------------------------------------------------------------------------
 
 

@@ -18,14 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo import private
+from lightning_slowmo import private, rendezvous
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
 from lightning_slowmo.communication import nccl
 from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
-from lightning_slowmo.trainer import rendezvous
 from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
 from lightning_slowmo.trainer.checkpoints import CheckpointsMixin

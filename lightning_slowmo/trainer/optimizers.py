@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_slowmo.trainer.base import StrategyPart
+from lightning_slowmo.unsynced import refuse_steps
+
+ADVICE = (
+    "In manual optimization call step() on what self.optimizers() returns, not with use_pl_optimizer=False. An "
+    "optimizer with steps of its own around one that it holds (SAM's first_step and second_step) needs step(closure)."
+)
+"""What to do instead of stepping an optimizer without the strategy."""
 
 
 class OptimizersMixin(StrategyPart):
@@ -48,7 +53,8 @@ class OptimizersMixin(StrategyPart):
 
     def _watch_optimizers(self) -> None:
         """Raise where one of the present optimizers is stepped without the strategy."""
-        self._fit.undo.append(refuse_steps(self.optimizers, lambda: self._fit.stepping or not self.core.training))
+        watch = refuse_steps(self.optimizers, lambda: self._fit.stepping or not self.core.training, ADVICE)
+        self._fit.undo.append(watch)
 
     def _index_of(self, optimizer: Optimizer) -> int:
         """Number of an optimizer that is about to step.
@@ -64,31 +70,3 @@ class OptimizersMixin(StrategyPart):
             "be synced. Let configure_optimizers return it, and call trainer.strategy.setup_optimizers(trainer) in a "
             "hook such as on_train_epoch_start, on all ranks."
         )
-
-
-def refuse_steps(optimizers: Sequence[Optimizer], allowed: Callable[[], bool]) -> Callable[[], None]:
-    """Raise where trained parameters are stepped without the strategy: that step would not be counted, nor synced.
-
-    The step may be that of an optimizer which another one holds, as SAM does in ``first_step`` and ``second_step``.
-
-    Args:
-        optimizers: whose parameters to watch.
-        allowed: whether a step is legitimate at present.
-
-    Returns:
-        A function that ends the watch.
-    """
-
-    def check(optimizer: Optimizer, *_: Any) -> None:
-        if allowed():
-            return
-        trained = {id(p) for own in optimizers for group in own.param_groups for p in group["params"]}
-        if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} was stepped without the strategy, so its parameters would never be "
-                "synced. In manual optimization call step() on what self.optimizers() returns, not with "
-                "use_pl_optimizer=False. An optimizer with steps of its own around one that it holds (SAM's first_step "
-                "and second_step) needs step(closure)."
-            )
-
-    return register_optimizer_step_pre_hook(check).remove

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_slowmo.trainer.rendezvous import listen_at
+from lightning_slowmo.rendezvous import listen_at
 from tests.harness import free_port, run_trainers
 from tests.on_workers import TIMEOUT
 from tests.trainer.models import Regression, data, trainer
