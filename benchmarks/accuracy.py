@@ -47,7 +47,7 @@ class Task:
         batch: examples per worker and step.
         rates: learning rate by name of the optimizer.
         looks: how often the consensus is tested, the end included.
-        look_at: test images for all looks but the last, which takes all.
+        look_at: test images for each look, the first ones; None takes all.
         sync_every: steps between slow updates.
         slow_momentum: of SlowMo.
     """
@@ -57,7 +57,7 @@ class Task:
     batch: int
     rates: dict[str, float]
     looks: int
-    look_at: int
+    look_at: int | None
     sync_every: int
     slow_momentum: float
 
@@ -214,8 +214,7 @@ def train(rank: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
         sent += workers.traffic.sent - before
         if step * task.looks // task.steps > (step - 1) * task.looks // task.steps:
             with engine.consensus():
-                limit = None if step == task.steps else task.look_at
-                looks.append({"step": step, "mb": sent / 1e6, "accuracy": accuracy(model, task, workers, limit)})
+                looks.append({"step": step, "mb": sent / 1e6, "accuracy": accuracy(model, task, workers, task.look_at)})
     engine.finish()
     return looks
 
@@ -300,7 +299,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05, help="of SGD")
     parser.add_argument("--adam-lr", type=float, default=0.001)
     parser.add_argument("--looks", type=int, default=10, help="how often the consensus is tested")
-    parser.add_argument("--look-at", type=int, default=2000, help="test images for all looks but the last")
+    parser.add_argument("--look-at", type=int, help="test images for each look; all if left out")
     parser.add_argument("--sync-every", type=int, default=12, help="steps between slow updates")
     parser.add_argument("--slow-momentum", type=float, default=0.5)
     parser.add_argument("--only", nargs="+", help="names of rows")
