@@ -276,11 +276,10 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: Path, title: st
             for i in range(len(seeds[0]))
         ]
         spread = statistics.stdev([seed[-1]["accuracy"] for seed in seeds]) if len(seeds) > 1 else 0.0
-        color, dashes = colors[number % 10], "-" if number < 10 else "--"
-        axes.plot(
-            *zip(*points, strict=True), dashes, color=color, marker="o", markersize=2.5, linewidth=1.3, label=name
-        )
-        axes.errorbar(*points[-1], yerr=spread, color=color, marker="D", markersize=6, capsize=3)
+        color, second = colors[number % 10], number >= 10
+        line = {"linestyle": "--" if second else "-", "marker": "s" if second else "D", "color": color}
+        axes.plot(*zip(*points, strict=True), **line, markersize=2.5, linewidth=1.3)
+        axes.errorbar(*points[-1], yerr=spread, **line, markersize=6, capsize=3, label=name)
     axes.set_xscale("log")
     axes.set(xlabel="MB sent per worker (logarithmic)", ylabel="test accuracy of the consensus, %", title=title)
     axes.grid(alpha=0.3)
