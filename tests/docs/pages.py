@@ -63,11 +63,22 @@ class Block:
         if self.language == "bash":
             return [(command, "") for line in lines if (command := uncommented(line))]
         for line in lines:
-            if line.startswith("$ "):
+            if found and not is_whole(found[-1][0]):
+                found[-1] = (found[-1][0] + "\n" + line, "")
+            elif line.startswith("$ "):
                 found.append((line[2:], ""))
             elif found:
                 found[-1] = (found[-1][0], found[-1][1] + line + "\n")
         return found
+
+
+def is_whole(command: str) -> bool:
+    """Whether all quotation marks of a command are closed."""
+    try:
+        shlex.split(command)
+    except ValueError:
+        return False
+    return True
 
 
 def uncommented(line: str) -> str:

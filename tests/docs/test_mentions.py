@@ -111,6 +111,7 @@ def test_a_comment_above_a_block_is_understood(tmp_path: Path):
     )
     assert blocks_of(page) == [Block(page, 6, "console", "$ a\nb\n$ c\n", {"masked": "", "with x": "a=1"})]
     assert blocks_of(page)[0].commands() == [("a", "b\n"), ("c", "")]
+    assert Block(page, 1, "console", '$ a "b\nc"\nd\n').commands() == [('a "b\nc"', "d\n")]
 
 
 def test_continuous_integration_runs_targets_that_there_are():
