@@ -7,16 +7,19 @@ PYTHON ?= python3
 SEED ?= 1
 COUNT ?= 25
 BIN := .venv/bin
-EXTRAS := quickstart dev everything
+QUICK := not faults and not docs and not examples
+EXTRAS := quickstart dev docs everything
 extras-quickstart := quickstart
 extras-dev := dev
-extras-everything := dev,translation
+extras-docs := docs
+extras-examples := dev,examples
+extras-everything := dev,docs,translation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test oldest translation faults gpu wheel lint format clean
+.PHONY: help setup quickstart test oldest translation faults gpu wheel docs docs-test examples lint format clean
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/everything.stamp  ## the whole environment, with all extras
 
@@ -24,10 +27,10 @@ quickstart: .venv/quickstart.stamp  ## train on handwritten digits with four str
 	$(BIN)/python examples/quickstart.py
 
 test: lint  ## lint, type-check, and run all tests but the slow ones, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
 oldest: .venv-oldest/dev.stamp  ## run the tests with the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
 translation: .venv/everything.stamp  ## run the tests that need fairseq, which `make test` passes over without it
 	$(BIN)/python -m pytest tests/recipes/test_translation.py tests/recipes/test_experiments.py
@@ -54,6 +57,15 @@ wheel: | $(BIN)/uv  ## build wheel and sdist, install them into an empty environ
 	$(BIN)/uv pip install --python .venv-wheel/bin/python --no-deps --reinstall dist/*.tar.gz
 	cd .venv-wheel/empty && ../bin/slowmo-reproduce --list
 
+docs: .venv/docs.stamp  ## build the site into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-test: .venv-examples/examples.stamp  ## run every command and block of code in README and docs
+	.venv-examples/bin/python -m pytest -m docs tests/docs
+
+examples: .venv-examples/examples.stamp  ## run every file in examples/
+	.venv-examples/bin/python -m pytest -m examples tests/examples
+
 lint: .venv/dev.stamp  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -64,7 +76,8 @@ format: .venv/dev.stamp  ## bring the code into the form that lint wants
 	$(BIN)/ruff format
 
 clean:  ## remove the environments and what runs leave behind
-	rm -rf .venv .venv-oldest .venv-wheel dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks quickstart.png
+	rm -rf .venv .venv-oldest .venv-wheel .venv-examples dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f quickstart.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv resolves and installs in a fraction of pip's time; it is itself installed into .venv.
@@ -84,4 +97,10 @@ $(EXTRAS:%=.venv/%.stamp): .venv/%.stamp: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip freeze --python .venv-oldest/bin/python --exclude-editable > .venv-oldest/oldest.txt
 	$(BIN)/uv pip install --python .venv-oldest/bin/python --compile-bytecode --constraint .venv-oldest/oldest.txt \
 		--editable ".[$(extras-dev)]"
+	@touch $@
+
+# Transformers imports torchaudio where there is one, and the one that comes with fairseq need not fit torch.
+.venv-examples/examples.stamp: pyproject.toml | $(BIN)/uv
+	$(BIN)/uv venv --clear --python $(BIN)/python .venv-examples
+	$(BIN)/uv pip install --python .venv-examples/bin/python --compile-bytecode --editable ".[$(extras-examples)]"
 	@touch $@

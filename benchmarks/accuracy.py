@@ -47,7 +47,7 @@ class Task:
         batch: examples per worker and step.
         rates: learning rate by name of the optimizer.
         looks: how often the consensus is tested, the end included.
-        look_at: test images for all looks but the last, which takes all.
+        look_at: test images for each look, the first ones; None takes all.
         sync_every: steps between slow updates.
         slow_momentum: of SlowMo.
     """
@@ -57,7 +57,7 @@ class Task:
     batch: int
     rates: dict[str, float]
     looks: int
-    look_at: int
+    look_at: int | None
     sync_every: int
     slow_momentum: float
 
@@ -215,8 +215,7 @@ def train(rank: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
         sent += workers.traffic.sent - before
         if step * task.looks // task.steps > (step - 1) * task.looks // task.steps:
             with engine.consensus():
-                limit = None if step == task.steps else task.look_at
-                looks.append({"step": step, "mb": sent / 1e6, "accuracy": accuracy(model, task, workers, limit)})
+                looks.append({"step": step, "mb": sent / 1e6, "accuracy": accuracy(model, task, workers, task.look_at)})
     engine.finish()
     return looks
 
@@ -278,11 +277,10 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: Path, title: st
             for i in range(len(seeds[0]))
         ]
         spread = statistics.stdev([seed[-1]["accuracy"] for seed in seeds]) if len(seeds) > 1 else 0.0
-        color, dashes = colors[number % 10], "-" if number < 10 else "--"
-        axes.plot(
-            *zip(*points, strict=True), dashes, color=color, marker="o", markersize=2.5, linewidth=1.3, label=name
-        )
-        axes.errorbar(*points[-1], yerr=spread, color=color, marker="D", markersize=6, capsize=3)
+        color, second = colors[number % 10], number >= 10
+        line = {"linestyle": "--" if second else "-", "marker": "s" if second else "D", "color": color}
+        axes.plot(*zip(*points, strict=True), **line, markersize=2.5, linewidth=1.3)
+        axes.errorbar(*points[-1], yerr=spread, **line, markersize=6, capsize=3, label=name)
     axes.set_xscale("log")
     axes.set(xlabel="MB sent per worker (logarithmic)", ylabel="test accuracy of the consensus, %", title=title)
     axes.grid(alpha=0.3)
@@ -301,7 +299,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05, help="of SGD")
     parser.add_argument("--adam-lr", type=float, default=0.001)
     parser.add_argument("--looks", type=int, default=10, help="how often the consensus is tested")
-    parser.add_argument("--look-at", type=int, default=2000, help="test images for all looks but the last")
+    parser.add_argument("--look-at", type=int, help="test images for each look; all if left out")
     parser.add_argument("--sync-every", type=int, default=12, help="steps between slow updates")
     parser.add_argument("--slow-momentum", type=float, default=0.5)
     parser.add_argument("--only", nargs="+", help="names of rows")

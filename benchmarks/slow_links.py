@@ -303,9 +303,21 @@ def heading(result: dict[str, Any]) -> str:
     return f"{text}, sync_every={result['sync_every']}, {result['runs']} run{'s' * (result['runs'] != 1)}"
 
 
+KINDS = {"no communication": "#808080", "torch's own": "#D55E00", "this package": "#0072B2"}
+"""What bars stand for, and their colours."""
+
+
+def _colour(name: str) -> str:
+    """The colour of a strategy's bars."""
+    own = "ddp" not in name and name != "periodic_averaging"
+    return KINDS["no communication" if name == "compute" else "this package" if own else "torch's own"]
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Bars of step times and traffic, and curves of accuracy if there are any."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     rows = [row for row in summarize(result) if "ms" in row]
     accuracy = result["accuracy"]
@@ -318,7 +330,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         compute = next((row["ms"] for row in rows if row["strategy"] == "compute"), None)
         for axis, key, label in ((axes.pop(0), "ms", "ms per step"), (axes.pop(0), "mb", "MB per step and host")):
             values = [row[key] for row in rows]
-            axis.barh(names, values, color=["C7" if n == "compute" else "C1" if "ddp" in n else "C0" for n in names])
+            axis.barh(names, values, color=[_colour(name) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_xlabel(label)
             axis.tick_params(labelsize=8)
@@ -331,6 +343,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     axis.axvline(compute, color="C7", linewidth=0.8, linestyle="--")
             else:
                 axis.set(xscale="log", xlim=(1e-3, 4 * max(*values, 1e-2)), yticklabels=[])
+        shown = [kind for kind in KINDS if any(_colour(name) == KINDS[kind] for name in names)]
+        keys = [Patch(color=KINDS[kind], label=kind) for kind in shown]
+        if compute is not None:
+            keys.append(Line2D([], [], color="C7", linewidth=0.8, linestyle="--", label="its time"))
+        figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
     if accuracy:
         axis = axes.pop(0)
         for index, (name, points) in enumerate(accuracy.items()):

@@ -13,17 +13,17 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from recipes.report.runs import EVERY_STEP, Group, Problem, spread, with_unit
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A3B00", "#4B0082")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows; then a
+brown and an indigo, darker than all of them."""
 
 MOST_LINES = 8
-"""More curves than that cannot be told apart: then each strategy's best stands for it."""
+"""More curves than that cannot be told apart: then each strategy's best stands for it, and of these the best ones."""
 
 INK = "#010203"
 """Stands for the text's colour, which in a page is the reader's."""
@@ -87,7 +87,7 @@ def draw(problem: Problem, metric: str) -> list[Picture]:
     pictures = []
     logged = [group for group in problem.groups if curve(group, metric, "steps")]
     shown = _shown(logged)
-    best = "" if len(shown) == len(logged) else ", each strategy at its best"
+    best = "" if len(shown) == len(logged) else f", {_choice(logged)}"
     looks = _looks(shown)
     for axis, label in AXES.items():
         curves = {group: points for group in shown if (points := curve(group, metric, axis))}
@@ -166,11 +166,24 @@ def _shown(logged: list[Group]) -> list[Group]:
         return logged
     best: dict[str, Group] = {}
     for group in logged:
-        sign = 1 if group.record.mode == "max" else -1
         held = best.setdefault(group.record.label, group)
-        if sign * group.mean > sign * held.mean:
+        if _merit(group) > _merit(held):
             best[group.record.label] = group
-    return list(best.values())
+    enough = sorted(best.values(), key=_merit, reverse=True)[:MOST_LINES]
+    return [group for group in best.values() if group in enough]
+
+
+def _choice(logged: list[Group]) -> str:
+    """In words, which groups :func:`_shown` has chosen."""
+    labels = {group.record.label for group in logged}
+    return (
+        "each strategy at its best" if len(labels) <= MOST_LINES else f"the best {MOST_LINES} strategies at their best"
+    )
+
+
+def _merit(group: Group) -> float:
+    """How good a group is: larger is better."""
+    return group.mean if group.record.mode == "max" else -group.mean
 
 
 def _curve_plot(
@@ -243,21 +256,24 @@ def _references(problem: Problem, lines: dict[str, list[Group]]) -> Iterable[Gro
 
 
 def _looks(groups: Sequence[Group]) -> dict[Group, Look]:
-    """A colour for each base; without SlowMo dashed, with it solid; several of a kind from dark to light."""
-    bases = list(dict.fromkeys(g.base for g in groups if g.base not in EVERY_STEP))
-    looks = {}
+    """A colour for each base and its SlowMo, the base dashed; where several are of a kind, a colour for each."""
+    nth: dict[Group, tuple[str, int]] = {}
+    kinds: dict[tuple[str, bool], int] = {}
     for group in groups:
-        same = [other for other in groups if (other.base, other.slow) == (group.base, group.slow)]
-        light = 0.65 * same.index(group) / len(same)
-        if group.base in EVERY_STEP:
-            colour, dashes, marker = "#808080", "-" if group.slow else (0, (1, 1.5)), "s"
-        else:
-            place = bases.index(group.base)
-            both = any(other.base == group.base and other.slow != group.slow for other in groups)
-            colour, dashes = PALETTE[place % len(PALETTE)], "-" if group.slow or not both else (0, (5, 2))
-            marker = "oD^vP"[place // len(PALETTE) % 5]
-        red, green, blue = (part + (1 - part) * light for part in to_rgb(colour))
-        looks[group] = Look(f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", dashes, marker)
+        kind = (group.base, bool(group.slow))
+        nth[group] = group.base, kinds.get(kind, 0)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    coloured = list(dict.fromkeys(key for key in nth.values() if key[0] not in EVERY_STEP))
+    greys = ("#808080", "#404040", "#A8A8A8")
+    looks = {}
+    for group, (base, index) in nth.items():
+        if base in EVERY_STEP:
+            looks[group] = Look(greys[index % len(greys)], "-" if group.slow else (0, (1, 1.5)), "s")
+            continue
+        place = coloured.index((base, index))
+        both = any(other.base == base and other.slow != group.slow for other in groups)
+        dashes = "-" if group.slow or not both else (0, (5, 2))
+        looks[group] = Look(PALETTE[place % len(PALETTE)], dashes, "oD^vPXp*"[place % len(PALETTE)])
     return looks
 
 
