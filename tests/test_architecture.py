@@ -37,6 +37,7 @@ FLOORS = {
     "replace": 4,
     "replicas": 4,
     "checkpoint": 4,
+    "qsdp": 4,
     "core": 4,
     "callbacks": 5,
     "rendezvous": 5,

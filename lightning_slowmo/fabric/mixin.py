@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from lightning_slowmo import private, rendezvous
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.communication import Reason, nccl
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, as_timeout
+from lightning_slowmo.communication.timeouts import as_timeout
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.fabric.base import Run
 from lightning_slowmo.fabric.checkpoints import CheckpointsMixin
