@@ -81,6 +81,7 @@ def run(config: DictConfig) -> Record | None:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sync_every=every if isinstance(every := getattr(algorithm, "sync_every", None), int) else None,
         slow_momentum=beta if isinstance(beta := getattr(algorithm, "slow_momentum", None), (int, float)) else None,
+        shapes=[list(parameter.shape) for parameter in model.parameters() if parameter.requires_grad],
         versions=versions(),
         paper=settings["paper"],
         **measured,

@@ -18,6 +18,8 @@ import tempfile
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def main(config: DictConfig) -> float | None:
 
     from recipes import config as configuration
     from recipes import job
-    from recipes.simulated import simulated
+    from recipes.simulated import is_simulated, simulated
 
+    alone = is_simulated(config) and HydraConfig.get().mode == RunMode.RUN
     config = DictConfig(OmegaConf.to_container(simulated(config), resolve=True))
     configuration.check(config)
     if config.trainer.num_nodes == 1 and config.strategy.get("workers_per_node") == "all":
@@ -54,7 +57,12 @@ def main(config: DictConfig) -> float | None:
     processes = processes_of(config.trainer)
     instantiate(config.strategy, _convert_="all")  # whatever is wrong with it or the data fails here, once
     instantiate(config.data, _convert_="all").prepare_data()
-    return start_workers(config, processes).value
+    record = start_workers(config, processes)
+    if alone:  # what a newcomer wants to see, and others in a second
+        from recipes.report.__main__ import main as report
+
+        report([config.run.folder])
+    return record.value
 
 
 def started_outside() -> bool:

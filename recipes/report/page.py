@@ -7,6 +7,7 @@ from html import escape
 
 from recipes.report import summary
 from recipes.report.plots import Picture
+from recipes.report.predicted import Network
 from recipes.report.runs import Problem
 
 MOST_LINES = 6
@@ -37,13 +38,19 @@ summary { cursor: pointer; margin-top: 1rem; }
 """
 
 
-def page(title: str, drawn: Sequence[tuple[Problem, Sequence[Picture]]], remarks: Sequence[str]) -> str:
+def page(
+    title: str,
+    drawn: Sequence[tuple[Problem, Sequence[Picture]]],
+    remarks: Sequence[str],
+    network: Network | None = None,
+) -> str:
     """The report as a page.
 
     Args:
         title: its heading.
         drawn: each problem with its pictures.
         remarks: lines on runs that are not in it.
+        network: over which steps are predicted, if any.
 
     Returns:
         HTML.
@@ -56,7 +63,7 @@ def page(title: str, drawn: Sequence[tuple[Problem, Sequence[Picture]]], remarks
         about += [f"all with {', '.join(problem.common)}"] if problem.common else []
         about += ["± is the sample standard deviation over the seeds"]
         parts.append(f'<p class="soft">{escape("; ".join(about))}.</p>')
-        parts.append(_table(problem))
+        parts.append(_table(problem, network))
         parts.append(_list(summary.order_lines(problem)))
         pairs = summary.slowmo_lines(problem)
         parts.append(_list(pairs) if len(pairs) <= MOST_LINES else _folded("With SlowMo and without", _list(pairs)))
@@ -76,9 +83,9 @@ def page(title: str, drawn: Sequence[tuple[Problem, Sequence[Picture]]], remarks
     return f"{top}\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
 
 
-def _table(problem: Problem) -> str:
-    first = "".join(f"<th>{escape(cell)}</th>" for cell in summary.head(problem))
-    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in summary.rows(problem)]
+def _table(problem: Problem, network: Network | None) -> str:
+    first = "".join(f"<th>{escape(cell)}</th>" for cell in summary.head(problem, network))
+    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in summary.rows(problem, network)]
     lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{first}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
 

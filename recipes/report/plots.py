@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from recipes.report.predicted import Network
 from recipes.report.runs import EVERY_STEP, Group, Problem, spread, with_unit
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A3B00", "#4B0082")
@@ -74,12 +75,13 @@ class Look:
     marker: str
 
 
-def draw(problem: Problem, metric: str) -> list[Picture]:
+def draw(problem: Problem, metric: str, network: Network | None = None) -> list[Picture]:
     """All pictures for which there are data.
 
     Args:
         problem: the groups.
         metric: what is followed through training, such as ``val/accuracy``.
+        network: over which to predict seconds, if any.
 
     Returns:
         The pictures: curves first, then sweeps.
@@ -95,6 +97,16 @@ def draw(problem: Problem, metric: str) -> list[Picture]:
             caption = f"{metric} over {label}{best}"
             plot = _curve_plot(problem, curves, looks, metric, label, log=axis == "mb")
             pictures.append(_picture(f"over_{axis}", caption, plot))
+    if network is not None:
+        taken = {group: seconds for group in shown if (seconds := network.seconds_per_step(group)) is not None}
+        predicted = {
+            group: [(step * seconds, y, band) for step, y, band in curve(group, metric, "steps")]
+            for group, seconds in taken.items()
+        }
+        label = f"predicted seconds, {network.name}"
+        if predicted:
+            plot = _curve_plot(problem, predicted, looks, metric, label, log=True)
+            pictures.append(_picture("over_predicted_seconds", f"{metric} over {label}{best}", plot))
     for name, label in _SWEEPS.items():
         if lines := sweeps(problem, name):
             caption = f"{problem.record.metric} over {label.partition(' ')[0]}"

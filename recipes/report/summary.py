@@ -10,19 +10,22 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
+from recipes.report.predicted import Network
 from recipes.report.runs import EVERY_STEP, Group, Problem, shorten_path, with_unit
 
 MISSING = "–"
 
 
-def head(problem: Problem) -> list[str]:
+def head(problem: Problem, network: Network | None = None) -> list[str]:
     """The table's first line."""
     paper = ["paper"] if any(paper_value(group) is not None for group in problem.groups) else []
     sent = "MB sent per worker"
-    return ["run", with_unit(problem.record.metric), *paper, sent, "ms per step", "steps", "workers", "seeds"]
+    predicted = [] if network is None else [f"predicted ms per step, {network.name}"]
+    took = ["ms per step", *predicted]
+    return ["run", with_unit(problem.record.metric), *paper, sent, *took, "steps", "workers", "seeds"]
 
 
-def rows(problem: Problem) -> list[list[str]]:
+def rows(problem: Problem, network: Network | None = None) -> list[list[str]]:
     """The table's other lines, one for each group."""
     with_paper = "paper" in head(problem)
     lines = []
@@ -32,14 +35,17 @@ def rows(problem: Problem) -> list[list[str]]:
         if with_paper:
             line.append(MISSING if paper is None else f"{paper:g}" if paper < 10 else f"{paper:.2f}")
         line += [number(group.average("mb_sent")), number(group.average("ms_per_step"))]
+        if network is not None:
+            seconds = network.seconds_per_step(group)
+            line.append(MISSING if seconds is None else number(1e3 * seconds))
         line += [_extent(group, "steps"), _extent(group, "workers"), str(len(group.runs))]
         lines.append(line)
     return lines
 
 
-def markdown(problem: Problem) -> str:
+def markdown(problem: Problem, network: Network | None = None) -> str:
     """The table as Markdown."""
-    first, *rest = [head(problem), *rows(problem)]
+    first, *rest = [head(problem, network), *rows(problem, network)]
     marks = ["---", *["---:"] * (len(first) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [first, marks, *rest])
 

@@ -33,7 +33,7 @@ class Expected(Callback):
         {"max_epochs": 2, "limit_train_batches": 0.5},
         {"max_epochs": 5, "callbacks": GradientAccumulationScheduler({1: 3, 3: 4, 8: 2})},
     ],
-    ids=str,
+    ids=" ".join,  # not of objects, whose addresses differ from process to process
 )
 def test_the_steps_of_a_fit_are_known_before_it(limits):
     expected = Expected()
