@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", help="what the curves follow; if left out, val/NAME of a measure test/NAME")
     parser.add_argument("--bandwidth", type=parse_bandwidth, help="of each worker's link, such as 100mbit")
     parser.add_argument("--latency", type=parse_seconds, default=2e-4, help="of a message; 0.2ms if left out")
-    parser.add_argument(
-        "--step-ms", type=float, help="of one worker alone; what it took in simulated runs if left out"
-    )
+    parser.add_argument("--step-ms", type=float, help="of one worker alone; what it took in simulated runs if left out")
     a = parser.parse_args(arguments)
     network = None
     if a.bandwidth is not None:

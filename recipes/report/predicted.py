@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import lightning_slowmo
@@ -64,8 +64,9 @@ def _made(node: ast.expr) -> Any:
     if not isinstance(node, ast.Call):
         return ast.literal_eval(node)
     name = node.func.id if isinstance(node.func, ast.Name) else ""
-    for package in (lightning_slowmo, compression):
-        if name in package.__all__ and isinstance(getattr(package, name), type):
-            named = {keyword.arg: _made(keyword.value) for keyword in node.keywords if keyword.arg}
-            return getattr(package, name)(*map(_made, node.args), **named)
-    raise ValueError(name)
+    kind = getattr(lightning_slowmo, name, None) or getattr(compression, name, None)
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise ValueError(name)
+    settable = {field.name for field in fields(kind) if field.init}
+    named = {keyword.arg: _made(keyword.value) for keyword in node.keywords if keyword.arg in settable}
+    return kind(*map(_made, node.args), **named)
