@@ -2,6 +2,7 @@
 
     python -m benchmarks.simulated                                      # this machine's GPU if it has one, else its CPU
     python -m benchmarks.simulated --workers 4 --batch 16 --steps 3     # minutes on a CPU
+    python -m benchmarks.simulated --workers 256 --memory               # what a million parameters take, on a CPU
 
 Trains the ResNet-18 of the recipes on random images of CIFAR-10's size through the Trainer, once with one worker under
 Lightning's single device strategy and once with simulated ones, in turns, and compares the time of a worker's step.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import time
 import warnings
 from functools import partial
@@ -18,8 +20,9 @@ from statistics import median
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_slowmo import PRESETS, SimulatedStrategy
+from lightning_slowmo import PRESETS, SimulatedStrategy, SlowMo
 from recipes.images import ImageClassifier
 from recipes.images.data import InMemoryImages
 from recipes.images.networks import cifar_resnet18
@@ -78,6 +81,38 @@ def seconds_per_worker_step(strategy, workers, batch, steps, warmup, compile, pr
     return (end - start) / (steps * workers)
 
 
+class Wide(L.LightningModule):
+    """A million parameters that take no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 142858), torch.nn.Linear(142858, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def peak_memory(workers):
+    """Bytes at the peak of four steps with two syncs of SlowMo, beyond what the process had before."""
+    model = Wide()
+    trainer = L.Trainer(
+        strategy=SimulatedStrategy(SlowMo(sync_every=2), workers),
+        devices=1,
+        accelerator="cpu",
+        max_steps=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer.fit(model, DataLoader([torch.randn(2, 5)] * 4 * workers, batch_size=None))
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=32)
@@ -86,10 +121,15 @@ def main():
     parser.add_argument("--algorithms", default="slowmo", help="presets, with commas between them")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--compile", help="a mode of torch.compile for the network; on a GPU reduce-overhead")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     arguments = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if arguments.memory:
+        peak, state = peak_memory(arguments.workers), 4 * 4 * sum(p.numel() for p in Wide().parameters())
+        print(f"{peak / 1e9:.2f} GB, {peak / (arguments.workers * state):.2f} x parameters, momentum and slow state")
+        return
     gpu = torch.cuda.is_available()
     compile = arguments.compile or ("reduce-overhead" if gpu else None)
     precision = "bf16-mixed" if gpu else "32-true"
