@@ -207,7 +207,8 @@ class Layout:
 
     Args:
         groups: the parameters of each parameter group. Empty ones are left out, and one that appears twice (tied
-            weights) is taken once.
+            weights) is taken once. A ``DTensor`` of which this process holds nothing is listed as all others are, and
+            lies in no bucket: lists by parameter are then alike on all processes.
         sizes: of buckets and blocks.
         fragments: number of parts of about equal size that can be communicated by themselves. Parameters stay whole.
         storage: where the values of a parameter lie: its own memory, or its gradient's.
@@ -348,6 +349,8 @@ def _cut(index: int, run: Run, sizes: BucketSizes, storage: Storage) -> Iterator
 
     for span in run.spans:
         parameter, length = span.parameter, span.stop - span.start
+        if not length:
+            continue
         dense = is_dense(local(parameter))
         alone = dense and run.dtype == dtype and length * dtype.itemsize >= sizes.in_place_bytes
         if packed and (alone or position - start + length > full):
