@@ -135,7 +135,7 @@ class ShardedCore(StrategyCore):
     def load(self, checkpoint: Mapping[str, Any], path: str | os.PathLike) -> Restored:
         """Read what :meth:`save` wrote; every process must call this."""
         assert self.sizes is not None
-        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, self.sizes[1:])
+        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, shards=self.sizes[1:])
 
     def require_alike(self, numbers: Mapping[str, float]) -> None:
         """Make sure that numbers are equal on all processes of this worker, which call this together.
