@@ -14,6 +14,7 @@ from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.presets import PRESETS
+from lightning_slowmo.private.model_parallel import join_model_parallel, set_device_mesh
 from lightning_slowmo.sharded_core import ShardedCore
 from lightning_slowmo.trainer.mixin import SlowMoMixin
 from lightning_slowmo.trainer.sharded_checkpoints import ShardedCheckpointsMixin
@@ -44,11 +45,11 @@ class ModelParallelBase(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Join the process group, and make the worker's mesh known; of the sizes the core takes care."""
         self.setup_distributed()
-        private.set_device_mesh(self, self.core.mesh)
+        set_device_mesh(self, self.core.mesh)
 
     def setup_distributed(self) -> None:
         """Join the process group."""
-        private.join_model_parallel(self)
+        join_model_parallel(self)
 
     def setup(self, trainer: Any) -> None:
         """Set up model and optimizers; all workers start from the first one's model."""

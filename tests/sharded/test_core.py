@@ -82,7 +82,7 @@ def on_shards(rank):
 
 @cache
 def trained():
-    return run(4, on_shards, limit=150)
+    return run(4, on_shards, limit=400)
 
 
 def on_whole_models(sizes, algorithm, kind, options):

@@ -94,7 +94,7 @@ def scenarios(rank, folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    return folder, run_trainers(4, scenarios, str(folder), limit=400)
+    return folder, run_trainers(4, scenarios, str(folder), limit=600)
 
 
 @cache
