@@ -8,7 +8,7 @@ import torch
 from recipes.record import Record
 from recipes.text.data import Pieces
 from recipes.text.tokens import BytePairs, Characters
-from tests.recipes.small_runs import CONF, run_all
+from tests.recipes.small_runs import run_all
 
 TEXT = "the cat sat on the mat, the bat thought thrice — naïve\n" * 3
 
@@ -41,8 +41,10 @@ def test_pieces_overlap_by_the_token_that_is_to_be_told():
 
 @pytest.mark.processes
 def test_the_gpt_trains_whole_and_in_shards(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} times {number} is {number**2}.\n" for number in range(2000)))
     short = ["trainer.devices=2", "trainer.max_epochs=2", "trainer.limit_train_batches=12", "data.batch_size=8"]
-    short += [f"data.path={CONF.parent}/docs/plan.md", "model.layers=1", "model.width=32", "schedule.warmup_epochs=0"]
+    short += [f"data.path={text}", "model.layers=1", "model.width=32", "schedule.warmup_epochs=0"]
     shards = ["experiment=text/slowmo_fsdp", "strategy.workers=1", "strategy.algorithm.sync_every=1"]
     runs = {
         tmp_path / "ddp": ["experiment=text/ddp", *short],
