@@ -22,7 +22,8 @@ from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.algorithms.base import require_elementwise
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication.hierarchy import consecutive
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, SyncError, Workers
+from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.pieces import Pieces, map_leaves
 
@@ -57,7 +58,7 @@ class ShardedCore(StrategyCore):
         workers: int | None = None,
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int = 1,
-        sync_timeout: timedelta = DEFAULT_TIMEOUT,
+        sync_timeout: timedelta | float = DEFAULT_TIMEOUT,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         offload_slow_state: Literal["cpu"] | None = None,
     ) -> None:
@@ -132,10 +133,12 @@ class ShardedCore(StrategyCore):
             checkpoint, path, self.everyone, kind, shared, state, tuple(per_rank), write_main, self.sizes[1:], own
         )
 
-    def load(self, checkpoint: Mapping[str, Any], path: str | os.PathLike) -> Restored:
+    def load(
+        self, checkpoint: Mapping[str, Any], path: str | os.PathLike, weights: Sequence[str] = ("state_dict",)
+    ) -> Restored:
         """Read what :meth:`save` wrote; every process must call this."""
         assert self.sizes is not None
-        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, shards=self.sizes[1:])
+        return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, weights, self.sizes[1:])
 
     def require_alike(self, numbers: Mapping[str, float]) -> None:
         """Make sure that numbers are equal on all processes of this worker, which call this together.

@@ -70,7 +70,7 @@ def test_a_shard_sends_and_keeps_its_part_and_the_shards_of_a_worker_share_its_l
     assert shard.step == pytest.approx(whole.step - handled * 3 / 4 + extra)
     assert predict(DDP(), [(5,), (1,)], 2, 1.0, LINK, shards=2).memory == 4 * (3 + 1)
     rows = plan(MODEL, 4, 0.1, LINK, shards=4)
-    assert "takes norms, scales" in rows["qprsgd"]
+    assert "moves every element by itself" in rows["qprsgd"]
     assert isinstance(rows["slowmo_sgp"], Prediction)
     advice = recommend(MODEL, 4, 0.001, LINK, shards=4)
     assert "qprsgd" not in advice.text

@@ -247,8 +247,8 @@ def require_elementwise(algorithm: Algorithm) -> None:
     """Raise ValueError unless an algorithm does the same to shards as to whole tensors."""
     if not algorithm.fits_shards:
         raise ValueError(
-            f"{algorithm.kind} takes norms, scales, largest elements or steps of its own over whole tensors, and on "
-            "shards they would be others. With sharded models use AllReduce, LocalSGD, SlowMo, BMUF, DiLoCo or Gossip, "
+            f"{algorithm.kind} does not say that it moves every element by itself: norms, scales or largest elements of "
+            "shards would be others than those of whole tensors. With sharded models use AllReduce, LocalSGD, SlowMo, BMUF, DiLoCo or Gossip, "
             "without a compressor or an outer_optimizer of your own."
         )
 

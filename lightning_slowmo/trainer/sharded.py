@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.private.model_parallel import join_model_parallel, set_device_mesh
 from lightning_slowmo.sharded_core import ShardedCore
@@ -105,17 +105,22 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
-        sync_timeout: timedelta | None = None,
+        sync_timeout: timedelta | float | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         offload_slow_state: Literal["cpu"] | None = None,
         log_syncs: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        timeout: timedelta | float | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(algorithm, log_syncs=log_syncs, process_group_backend=process_group_backend, timeout=timeout)
-        wait = sync_timeout or timeout or DEFAULT_TIMEOUT
+        super().__init__(
+            algorithm,
+            sync_timeout,
+            log_syncs=log_syncs,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
         sizes = workers, data_parallel_size, tensor_parallel_size
-        self.core = ShardedCore(algorithm, *sizes, wait, on_nonfinite, offload_slow_state)
+        self.core = ShardedCore(algorithm, *sizes, self.core.sync_timeout, on_nonfinite, offload_slow_state)
         self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @classmethod
