@@ -43,9 +43,13 @@ from lightning_slowmo.qsdp import QSDP
 if find_spec("lightning_fabric") or find_spec("lightning"):
     from lightning_slowmo.fabric import SlowMoFabricStrategy
 if find_spec("pytorch_lightning"):
-    from lightning_slowmo.pl import SimulatedStrategy, SlowMoStrategy
+    from lightning_slowmo.pl import SimulatedStrategy, SlowMoModelParallelStrategy, SlowMoStrategy
 if find_spec("lightning"):
-    from lightning_slowmo.strategy import SimulatedStrategy, SlowMoStrategy  # type: ignore[assignment]
+    from lightning_slowmo.strategy import (  # type: ignore[assignment]
+        SimulatedStrategy,
+        SlowMoModelParallelStrategy,
+        SlowMoStrategy,
+    )
 
 __all__ = [
     "BMUF",
@@ -69,6 +73,7 @@ __all__ = [
     "SketchedSGD",
     "SlowMo",
     "SlowMoFabricStrategy",
+    "SlowMoModelParallelStrategy",
     "SlowMoStrategy",
     "SparseLoCo",
     "Stages",

@@ -21,6 +21,8 @@ from lightning_slowmo.buffers import load as load_buffers
 from lightning_slowmo.communication.meeting import Header, Meeting, Reason, Round
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.consistency import compare_buffers
+from lightning_slowmo.private import held
+from lightning_slowmo.shards import is_sharded, reshard
 from lightning_slowmo.storage import local
 from lightning_slowmo.tensors import checksum
 
@@ -80,6 +82,7 @@ class Consensus:
         """
         if self._own is None:
             return
+        reshard(self.module)
         with torch.no_grad():
             for each, snapshot, iterates in zip(running, self._own, self._own_iterates, strict=True):
                 each.layout.restore(snapshot)
@@ -106,8 +109,7 @@ class Consensus:
                     else:
                         each.averager.consensus(round)
                     average_offsets(round.weights)
-            besides = [*self._buffers(), *self.untrained.values()]
-            average_tensors(besides, self.everyone, [float(not header.poisoned) for header in meeting.headers])
+            self._average_alike([*self._buffers(), *self.untrained.values()], meeting)
 
     def compare_buffers(self, everyone: Workers | None = None) -> None:
         """Make sure that the workers' buffers go together; all must call this.
@@ -125,11 +127,17 @@ class Consensus:
         return [slot.tensor.detach() for slot in shared(self.module) if slot.name not in self.masks]
 
     def model(self, running: Sequence[Running]) -> list[Tensor]:
-        """Everything that the consensus is made of: trained parameters, buffers and, of the module, all others."""
+        """Everything that the consensus is made of: trained parameters, buffers and, of the module, all others.
+
+        Raises:
+            ValueError: if any is sharded: it is in no process as a whole.
+        """
         trained = [parameter for each in running for parameter in each.layout.parameters]
         known = {id(parameter) for parameter in trained}
         others = [] if self.module is None else [p for p in self.module.parameters() if id(p) not in known]
         buffers = [slot.tensor for slot in shared(self.module)]
+        if any(map(is_sharded, (*trained, *others))):
+            raise ValueError("Workers of sharded models cannot join or leave in the middle of training.")
         return [tensor.detach() for tensor in (*trained, *others, *buffers)]
 
     # What no algorithm averages ---------------------------------------------------------------------------------------
@@ -137,9 +145,12 @@ class Consensus:
     def look_for_untrained(self, running: Sequence[Running]) -> None:
         """Find parameters that no optimizer trains and that change all the same.
 
+        Shards that were gathered for a forward pass are let go of first: the module lists the whole parameters then.
+
         Frozen parameters must keep their bits, and a mean of equal values can lose one; so a parameter is averaged
         only once the workers' checksums of it differ.
         """
+        reshard(self.module)
         if self.module is None or self.everyone.alone:
             return
         trained = {id(parameter) for each in running for parameter in each.layout.parameters}
@@ -150,9 +161,11 @@ class Consensus:
         }
         if not others:
             return
-        checksums = [checksum(tensor) for tensor in others.values()]
-        columns = zip(*self.everyone.gather(checksums, "checksums of untrained parameters"), strict=True)
-        differ = [name for name, column in zip(others, columns, strict=True) if len(set(column)) > 1]
+        sharded = any(map(is_sharded, others.values()))
+        numbers = [self.workers.places[0] if sharded else 0, *(checksum(local(tensor)) for tensor in others.values())]
+        places, *columns = zip(*self.everyone.gather(numbers, "checksums of untrained parameters"), strict=True)
+        pairs = [set(zip(places, column, strict=True)) for column in columns]  # one of each place, if workers agree
+        differ = [name for name, seen in zip(others, pairs, strict=True) if len(seen) > len(set(places))]
         self.untrained |= {name: others[name] for name in differ}
 
     def average_also(self, names: Sequence[str]) -> None:
@@ -160,10 +173,19 @@ class Consensus:
         named = dict(self.module.named_parameters()) if self.module is not None else {}
         self.untrained = {name: named[name].detach() for name in names}
 
-    def average_untrained(self) -> None:
+    def average_untrained(self, meeting: Meeting) -> None:
         """Average the parameters that were found to change."""
         with torch.no_grad():
-            average_tensors(list(self.untrained.values()), self.everyone)
+            self._average_alike(list(self.untrained.values()), meeting)
+
+    def _average_alike(self, tensors: Sequence[Tensor], meeting: Meeting) -> None:
+        """Average tensors over all healthy ones that hold the same: shards over workers, others over processes."""
+        well = meeting.healthy()
+        worker_of = {process: worker for worker, ranks in enumerate(meeting.members) for process in ranks}
+        everywhere = [float(well[worker_of[process]]) for process in range(self.everyone.size)]
+        average_tensors([tensor for tensor in tensors if not is_sharded(tensor)], self.everyone, everywhere)
+        shards = [tensor for tensor in tensors if is_sharded(tensor)]
+        average_tensors(shards, self.workers, [float(each) for each in well])
 
     def heal(self, running: Running, round: Round) -> None:
         """Give the workers that were left out of a mean what their parameters alone do not bring back to health."""
@@ -187,9 +209,11 @@ class Consensus:
         return {
             "parameters": [each.layout.per_parameter(flat) for each, flat in zip(running, own, strict=True)],
             "moving": list(self.untrained),
-            "untrained": self._own_untrained if self.entered else list(self.untrained.values()),
+            "untrained": list(map(held, self._own_untrained if self.entered else self.untrained.values())),
             "buffers": (self._own_buffers if self.entered else Aside(self.module)).values,
-            "iterates": iterates,  # the optimizer's state is saved too, but perhaps while it holds the consensus's
+            "iterates": [
+                list(map(held, tensors)) for tensors in iterates
+            ],  # the optimizer's state is saved too, but perhaps while it holds the consensus's
         }
 
     def load_local_state(self, running: Sequence[Running], state: dict[str, Any]) -> None:
@@ -212,4 +236,4 @@ class Consensus:
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        held(target).copy_(held(source))

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_slowmo.algorithms.base import Algorithm, Running
+from lightning_slowmo.algorithms.base import Algorithm, Running, require_elementwise
 from lightning_slowmo.buffers import Slot, shared, slots
 from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.meeting import require_equal
 from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.parameters import Layout
+from lightning_slowmo.private import held
+from lightning_slowmo.shards import is_sharded
 from lightning_slowmo.tensors import are_binary, describe, refusal
 from lightning_slowmo.tensors import checksum as checksum_of_tensor
 
@@ -44,7 +46,8 @@ def require_same_setting(
         module: the model, for the names of parameters.
 
     Raises:
-        ValueError: if there is nothing to train, or nothing that workers could exchange.
+        ValueError: if there is nothing to train, nothing that workers could exchange, or the algorithm needs whole
+            tensors and these are sharded.
         SyncError: on every worker, with the two differing descriptions.
     """
     require_equal(
@@ -71,12 +74,16 @@ def require_same_setting(
         reason = refusal(parameter, trained=True)
         if reason is not None:
             raise ValueError(f"Parameter {name} {reason}.")
+    if any(is_sharded(parameter) for _, parameter in trained):
+        require_elementwise(algorithm)
     if not any(parameter.numel() for _, parameter in trained):
         raise ValueError("There is nothing to train: the optimizers hold no parameter that requires a gradient.")
 
 
-def start_equal(model: Module, everyone: Workers, only: Sequence[Tensor] | None = None) -> None:
-    """Overwrite the parameters and buffers of all workers with those of rank 0.
+def start_equal(
+    model: Module, everyone: Workers, only: Sequence[Tensor] | None = None, workers: Workers | None = None
+) -> None:
+    """Overwrite the parameters and buffers of all processes with those of rank 0; shards with those of worker 0.
 
     Buffers that are not persistent are overwritten where they have the same shape everywhere, and else left alone.
 
@@ -84,6 +91,8 @@ def start_equal(model: Module, everyone: Workers, only: Sequence[Tensor] | None 
         model: whose names, dtypes and shapes must be equal on all workers.
         everyone: all processes; each must call this.
         only: the tensors to overwrite, if not all of the model's.
+        workers: between which this process exchanges parameters, the first of whom has the same shards; ``everyone`` if
+            None.
 
     Raises:
         SyncError: on every worker, if names, dtypes or shapes differ.
@@ -95,8 +104,11 @@ def start_equal(model: Module, everyone: Workers, only: Sequence[Tensor] | None 
     rows = require_same_tensors(model, tensors, everyone, "Build the same model on every rank.", local)
     alike = [name for name in local if len({row.get(name) for row in rows}) == 1 and refusal(local[name]) is None]
     everything = {id(t): t for t in (*tensors.values(), *(local[name] for name in alike))}
+    chosen = list(everything.values()) if only is None else list(only)
     with torch.no_grad():
-        broadcast_tensors(list(everything.values()) if only is None else list(only), everyone)
+        broadcast_tensors([tensor for tensor in chosen if not is_sharded(tensor)], everyone)
+        shards = [held(tensor) for tensor in chosen if is_sharded(tensor)]
+        broadcast_tensors(shards, everyone if workers is None else workers)
 
 
 def require_same_tensors(
@@ -207,8 +219,14 @@ def _fingerprint(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def require_same_start(running: Sequence[Running], everyone: Workers) -> None:
+def require_same_start(running: Sequence[Running], everyone: Workers, workers: Workers) -> None:
     """Make sure that all workers start from the same point: differences between them would pass for training progress.
+
+    Args:
+        running: the algorithms, by optimizer.
+        everyone: all processes; each must call this.
+        workers: between which this process exchanges parameters. Where the processes of a worker hold shards, only
+            these hold the same ones.
 
     Raises:
         SyncError: on every worker; names those that start elsewhere, or says which optimizers keep other copies of the
@@ -221,8 +239,11 @@ def require_same_start(running: Sequence[Running], everyone: Workers) -> None:
         "Use the same optimizers on every rank.",
     )
     high, low = divmod(checksum(each.layout for each in running), 2**32)
-    sums = everyone.gather([high, low], "checksums of the initial parameters")
-    others = [name for name, own in zip(everyone.names, sums, strict=True) if own != sums[0]]
+    sharded = any(is_sharded(parameter) for each in running for parameter in each.layout.parameters)
+    place = workers.places[0] if sharded else 0
+    sums = everyone.gather([place, high, low], "checksums of the initial parameters")
+    first = {own[0]: own for own in reversed(sums)}
+    others = [name for name, own in zip(everyone.names, sums, strict=True) if own != first[own[0]]]
     if others:
         does = "do" if len(others) > 1 else "does"
         raise SyncError(

@@ -159,7 +159,7 @@ class StrategyCore:
             SyncError: on every process, if names, dtypes or shapes differ.
             ValueError: if a tensor cannot be sent; names it.
         """
-        start_equal(model, self.everyone, only)
+        start_equal(model, self.everyone, only, self.workers)
 
     def make_engine(self, optimizers: Sequence[Optimizer], module: Module) -> Engine:
         """Make the engine, with new slow state; every process must call this.

@@ -30,6 +30,7 @@ from lightning_slowmo.algorithms.base import Algorithm, SyncReport, learning_rat
 from lightning_slowmo.averaging.finite import is_finite
 from lightning_slowmo.averaging.sharded import gathered
 from lightning_slowmo.communication.broadcast import broadcast_state, broadcast_tensors
+from lightning_slowmo.communication.hierarchy import members
 from lightning_slowmo.communication.meeting import Header, Level, Meeting, Reason, meet
 from lightning_slowmo.communication.reduction import reduce_present
 from lightning_slowmo.communication.workers import SyncError, Traffic, Workers
@@ -102,10 +103,10 @@ class Engine:
         """Make the running state of the algorithm, between these workers."""
         self.workers = workers
         self.everyone = workers if everyone is None else everyone
-        self.peers = None if everyone is None else workers.places
+        self.members = None if everyone is None else members(workers, everyone)
         require_same_setting(self.algorithm, self._optimizers, self.everyone, self.module)
         self.units = [self.algorithm.bind(optimizer, workers) for optimizer in self._optimizers]
-        require_same_start(self.units, self.everyone)
+        require_same_start(self.units, self.everyone, workers)
         if self._shard or self._offload:
             for running in self.units:
                 running.place_slow_state(self._shard, self._offload)
@@ -204,7 +205,7 @@ class Engine:
         while True:
             start, before = time.perf_counter(), self._traffic()
             header = self._header(reason, optimizer_index, levels)
-            meeting = self.last_meeting = meet(header, self.everyone, self.peers)
+            meeting = self.last_meeting = meet(header, self.everyone, self.members)
             self.stop |= meeting.stop
             self.terminate |= meeting.terminate
             self.save |= meeting.save
@@ -281,7 +282,7 @@ class Engine:
                 average_offsets(round.weights)
         if self.rounds <= 2:
             self._consensus.look_for_untrained(self.units)
-        self._consensus.average_untrained()
+        self._consensus.average_untrained(meeting)
         if not all(round.healthy):
             self._consensus.heal(running, round)
         # All workers must come to the same answer, so it follows from what they told one another.

@@ -206,8 +206,8 @@ class Layout:
     """How the parameters of one optimizer lie in runs and buckets.
 
     Args:
-        groups: the parameters of each parameter group. Empty ones are left out, and one that appears twice (tied
-            weights) is taken once.
+        groups: the parameters of each parameter group, each once (tied weights). Empty ones are left out, but not a
+            ``DTensor`` of which this process holds nothing: lists by parameter are alike on all processes.
         sizes: of buckets and blocks.
         fragments: number of parts of about equal size that can be communicated by themselves. Parameters stay whole.
         storage: where the values of a parameter lie: its own memory, or its gradient's.
@@ -346,7 +346,7 @@ def _cut(index: int, run: Run, sizes: BucketSizes, storage: Storage) -> Iterator
         kind = (dtype, run.dtype, run.device, sizes.block_numel, storage)
         return Bucket(index, run.group, start, stop, tuple(spans), in_place, *kind)
 
-    for span in run.spans:
+    for span in filter(lambda span: span.start < span.stop, run.spans):
         parameter, length = span.parameter, span.stop - span.start
         dense = is_dense(local(parameter))
         alone = dense and run.dtype == dtype and length * dtype.itemsize >= sizes.in_place_bytes

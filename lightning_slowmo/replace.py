@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_slowmo.algorithms.post_local import RunningPostLocal
 from lightning_slowmo.engine import Engine
+from lightning_slowmo.pieces import Pieces
 
 Path = tuple[str, ...]
 """Keys that lead to a value in the nested dictionaries of a state."""
@@ -69,7 +70,7 @@ def _is_per_parameter(value: Any, parameters: Sequence[Tensor]) -> bool:
     if not isinstance(value, list) or len(value) != len(parameters):
         return False
     return all(isinstance(entry, (int, float)) for entry in value) or all(
-        isinstance(entry, Tensor) and entry.shape == parameter.shape
+        isinstance(entry, (Tensor, Pieces)) and entry.shape == parameter.shape
         for entry, parameter in zip(value, parameters, strict=True)
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_slowmo.private import held
+
 Storage = Callable[[Tensor], Tensor]
 """Gives the memory of a parameter's values: :func:`local`, or :func:`gradient` for those of its gradient."""
 
@@ -54,8 +56,8 @@ def values_of(gradient: Tensor) -> Tensor:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The values of a parameter in this process: its own memory, without gradient."""
-    return as_real(parameter.detach())
+    """The values of a parameter in this process: its own memory, without gradient; of a ``DTensor``, this shard's."""
+    return as_real(held(parameter).detach())
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def gradient(parameter: Tensor) -> Tensor:
         parameter.grad = torch.zeros_like(parameter)
     elif parameter.grad.layout is not torch.strided or not _same_order(parameter, parameter.grad):
         parameter.grad = torch.empty_like(parameter).copy_(dense(parameter.grad))
-    return as_real(parameter.grad.detach())
+    return local(parameter.grad)
 
 
 def _same_order(parameter: Tensor, grad: Tensor) -> bool:

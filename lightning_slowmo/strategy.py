@@ -3,9 +3,10 @@
 from typing import ClassVar
 
 import lightning.pytorch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lightning_slowmo.trainer.mixin import SlowMoMixin
+from lightning_slowmo.trainer.sharded import ModelParallelBase, ShardedMixin
 from lightning_slowmo.trainer.simulated import SimulatedMixin
 
 
@@ -21,5 +22,12 @@ class SimulatedStrategy(SimulatedMixin, SingleDeviceStrategy):  # noqa: D101
     package: ClassVar = lightning.pytorch
 
 
+class SlowMoModelParallelStrategy(ShardedMixin, ModelParallelBase, ModelParallelStrategy):  # type: ignore[misc]  # noqa: D101
+    __doc__ = ShardedMixin.__doc__
+
+    package: ClassVar = lightning.pytorch
+
+
 SlowMoStrategy.register_strategies(StrategyRegistry)
 SimulatedStrategy.register_strategies(StrategyRegistry)
+SlowMoModelParallelStrategy.register_strategies(StrategyRegistry)

@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 
-from lightning_slowmo import SimulatedStrategy, SlowMoStrategy
+from lightning_slowmo import SimulatedStrategy, SlowMoModelParallelStrategy, SlowMoStrategy
 
-OURS = (SlowMoStrategy, SimulatedStrategy)
+OURS = (SlowMoStrategy, SimulatedStrategy, SlowMoModelParallelStrategy)
 """Strategies that know their workers, and count what these send."""
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "scratch": 1,
     "arithmetic": 1,
     "pieces": 1,
+    "shards": 1,
     "private": 1,
     "topology": 1,
     "compression": 1,
@@ -39,6 +40,7 @@ FLOORS = {
     "checkpoint": 4,
     "qsdp": 4,
     "core": 4,
+    "sharded_core": 4,
     "callbacks": 5,
     "rendezvous": 5,
     "unsynced": 5,
@@ -52,8 +54,16 @@ FLOORS = {
 }
 """The floor of each room: a module or a folder at the top of the package."""
 
-KNOW_PROCESSES = ["communication/torch_transport.py", "core.py", "plan/command.py", "private/__init__.py", "qsdp.py"]
-"""Files below Lightning's floor that know torch.distributed: the transport, FSDP2's, those that ask for a group."""
+KNOW_PROCESSES = [
+    "checkpoint/distributed.py",
+    "communication/torch_transport.py",
+    "core.py",
+    "plan/command.py",
+    "private/__init__.py",
+    "qsdp.py",
+    "sharded_core.py",
+]
+"""Files below Lightning's floor that know torch.distributed: the transport, FSDP2's, DCP, and who needs a group."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -58,6 +58,27 @@ def test_overlapped_gossip_hides_its_messages_but_no_header_and_no_work():
         assert predict(Gossip(overlap=overlap), MODEL, 4, step, LINK).step == pytest.approx(expected)
 
 
+def test_a_shard_sends_and_keeps_its_part_and_the_shards_of_a_worker_share_its_link():
+    whole = predict(SlowMo(), MODEL, 4, 0.1, Link(1e8, 0.0))
+    shard = predict(SlowMo(), MODEL, 4, 0.1, Link(1e8, 0.0), shards=4)
+    headers = 3 * 8 * MEETING_NUMBERS / 12
+    assert shard.sent - headers == pytest.approx((whole.sent - headers) / 4)
+    assert layout_of([(250, 1000)] * 2).numel * 4 == layout_of(MODEL).numel
+    assert SlowMo().state_numel(layout_of([(250, 1000)] * 2), 4) == SlowMo().state_numel(layout_of(MODEL), 4) / 4
+    handled = 2e6 * SECONDS_HANDLED / 12
+    extra = 3 * 8 * 8 * MEETING_NUMBERS / 12 * (4 - 1) / 1e8  # every shard sends the header, over a fourth of the link
+    assert shard.step == pytest.approx(whole.step - handled * 3 / 4 + extra)
+    assert predict(DDP(), [(5,), (1,)], 2, 1.0, LINK, shards=2).memory == 4 * (3 + 1)
+    rows = plan(MODEL, 4, 0.1, LINK, shards=4)
+    assert "moves every element by itself" in rows["qprsgd"]
+    assert isinstance(rows["slowmo_sgp"], Prediction)
+    advice = recommend(MODEL, 4, 0.001, LINK, shards=4)
+    assert "qprsgd" not in advice.text
+    assert advice.strategy == "SlowMoModelParallelStrategy(SlowMo(), workers=4)"
+    with pytest.raises(ValueError, match="shards must be at least 1, got 0"):
+        predict(SlowMo(), MODEL, 4, 0.1, LINK, shards=0)
+
+
 def test_ddp_hides_all_but_the_last_bucket_of_a_fast_link():
     fast, slow = Link(1e12, 0.0), Link(1e6, 0.0)
     assert predict(DDP(), MODEL, 4, 1.0, fast).step == pytest.approx(1.0, rel=1e-3)

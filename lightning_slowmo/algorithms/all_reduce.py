@@ -6,6 +6,7 @@ The SlowMo paper's AR-SGD and AR-Adam, and a base for tests: it makes the models
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ NO_GRADIENT, DENSE, SPARSE = 0.0, 1.0, 2.0
 @dataclass(frozen=True)
 class AllReduce(Algorithm):
     """Average the gradients after every backward pass whose gradients are to be used."""
+
+    elementwise: ClassVar[bool] = True
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""

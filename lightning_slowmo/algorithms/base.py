@@ -84,6 +84,16 @@ class Algorithm(ABC):
     is_outer_loop: ClassVar[bool] = False
     """Whether it steps from the mean of the workers; such an algorithm can be no other one's base."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether every element of the parameters moves by itself, but for a base or compressor: no norm, scale or choice
+    is taken over several. Then processes that hold shards of a model can each run it on theirs."""
+
+    @property
+    def fits_shards(self) -> bool:
+        """Whether it does the same to a model's shards as to whole tensors, base and compressor included."""
+        base, compressor = getattr(self, "base", None), getattr(self, "compressor", None)
+        return self.elementwise and compressor is None and (base is None or base.fits_shards)
+
     @property
     def kind(self) -> str:
         """What decides whether saved state fits: class, schedule, whether it compresses, and the kind of its base."""
@@ -231,6 +241,16 @@ class Running(ABC):
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`local_state` returned on this worker."""
         self.pending = state["pending"]
+
+
+def require_elementwise(algorithm: Algorithm) -> None:
+    """Raise ValueError unless an algorithm does the same to shards as to whole tensors."""
+    if not algorithm.fits_shards:
+        raise ValueError(
+            f"{algorithm.kind} does not say that it moves every element by itself: norms, scales or largest elements of "
+            "shards would be others than those of whole tensors. With sharded models use AllReduce, LocalSGD, SlowMo, BMUF, DiLoCo or Gossip, "
+            "without a compressor or an outer_optimizer of your own."
+        )
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:

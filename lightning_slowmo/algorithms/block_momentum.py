@@ -66,6 +66,7 @@ class BMUF(Algorithm):
     """
 
     is_outer_loop: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     sync_every: int | Schedule = 50
     block_momentum: float | None = None

@@ -73,6 +73,7 @@ class DiLoCo(Algorithm):
     """
 
     is_outer_loop: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     sync_every: int | Schedule = 500
     outer_lr: float = 0.7
@@ -97,6 +98,11 @@ class DiLoCo(Algorithm):
         plain = self.compressor is None and self.outer_optimizer is None
         if (self.overlap or self.fragments > 1) and not plain:
             raise ValueError("overlap and fragments do not go with a compressor or an outer_optimizer of one's own.")
+
+    @property
+    def fits_shards(self) -> bool:
+        """An optimizer of the user's may take norms of its tensors, as Muon does."""
+        return super().fits_shards and self.outer_optimizer is None
 
     @property
     def kind(self) -> str:

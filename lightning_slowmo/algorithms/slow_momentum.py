@@ -95,6 +95,7 @@ class SlowMo(Algorithm):
     """
 
     is_outer_loop: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     base: Algorithm | None = None
     sync_every: int | Schedule = 12

@@ -14,6 +14,7 @@ from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Block, Layout
 from lightning_slowmo.pieces import Pieces
 from lightning_slowmo.scratch import Scratch
+from lightning_slowmo.shards import as_saved, own_part
 
 OnSum = Callable[[Block, Tensor, float], None]
 """Called with each block of parameters, the sum over the workers and the sum of their weights, as soon as the sum has
@@ -100,7 +101,7 @@ class Averager(ABC):
 
     def saved(self, kept: list[Tensor]) -> list[Tensor | Pieces]:
         """Slow state as it is saved, for each parameter and in its shape: all of it, or this worker's pieces."""
-        return list(self.layout.per_parameter(kept))
+        return list(map(as_saved, self.layout.parameters, self.layout.per_parameter(kept)))
 
     def load(self, kept: list[Tensor], saved: Sequence[Tensor | Pieces], what: str) -> None:
         """Copy saved slow state into what this worker keeps.
@@ -113,6 +114,8 @@ class Averager(ABC):
         Raises:
             ValueError: if it does not fit the parameters.
         """
+        if len(saved) == len(self.layout.parameters):
+            saved = list(map(own_part, self.layout.parameters, saved))
         copy_state(self.layout.per_parameter(kept), saved, what)
 
     def share_reference(self, anchor: list[Tensor]) -> None:

@@ -168,7 +168,7 @@ class DelayedAverager(Averager):
 
     def __init__(self, layout: Layout, workers: Workers, overlap: int) -> None:
         super().__init__(layout, workers)
-        if not all(layout.fragment(index) for index in range(layout.fragments)):
+        if {run.fragment for run in layout.runs} != set(range(layout.fragments)):
             raise ValueError(
                 f"fragments must be at most the number of trained parameters, {len(layout.parameters)}, as parameters "
                 f"stay whole; got {layout.fragments}."

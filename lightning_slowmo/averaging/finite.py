@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_slowmo.averaging.kernels import table_of
 from lightning_slowmo.parameters import Layout
 from lightning_slowmo.private import foreach_norm
+from lightning_slowmo.storage import local
 
 
 def is_finite(layout: Layout) -> bool:
@@ -19,7 +20,7 @@ def is_finite(layout: Layout) -> bool:
     for bucket in layout.buckets:
         table = table_of(bucket)
         if table is None:
-            others |= {id(parameter): parameter for parameter, _, _ in bucket.spans}
+            others |= {id(parameter): local(parameter) for parameter, _, _ in bucket.spans}
             continue
         if bucket.device not in flags:
             flags[bucket.device] = torch.zeros(1, dtype=torch.int32, device=bucket.device)

@@ -15,8 +15,9 @@ from lightning_slowmo.communication.broadcast import broadcast_tensors
 from lightning_slowmo.communication.pipeline import Transfer, pipeline
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.parameters import Bucket, Layout
+from lightning_slowmo.private import held
 from lightning_slowmo.scratch import Scratch
-from lightning_slowmo.storage import as_real
+from lightning_slowmo.storage import local
 from lightning_slowmo.tensors import is_averaged
 
 
@@ -87,12 +88,12 @@ def average_tensors(tensors: Sequence[Tensor], workers: Workers, weights: Sequen
     Means are of floats of 16 bits or more and of complex numbers; codes, integers and booleans have none.
 
     Args:
-        tensors: of equal shapes and dtypes on all workers.
+        tensors: of equal shapes and dtypes on all workers; of a ``DTensor``, what each holds of it.
         workers: all of whom must call this.
         weights: weight of each worker, by rank; equal if None.
     """
     if workers.alone:
         return
-    numbers = [as_real(tensor.detach()) for tensor in tensors if is_averaged(tensor)]
+    numbers = [local(tensor) for tensor in tensors if is_averaged(tensor)]
     average(Layout([numbers], workers.sizes).buckets, workers, Scratch(), weights)
-    broadcast_tensors([tensor for tensor in tensors if not is_averaged(tensor)], workers)
+    broadcast_tensors([held(tensor) for tensor in tensors if not is_averaged(tensor)], workers)

@@ -41,6 +41,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import fsspec
@@ -90,6 +91,8 @@ def save(
     local: dict[str, Any],
     per_rank: tuple[str, ...],
     write_main: Callable[[], None],
+    shards: Sequence[int] = (),
+    own: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint; all workers must call this.
 
@@ -103,11 +106,14 @@ def save(
         local: this worker's own.
         per_rank: further entries of ``checkpoint`` of which every rank keeps its own.
         write_main: writes the main file (on the rank that does).
+        shards: how the processes of a worker share its model, if they do: in how many parts, by dimension of the mesh.
+        own: further entries for this worker's own file; they come before those of ``checkpoint``.
     """
     path = workers.gather_text(str(path))[0]
     name = f"{int(workers.gather([secrets.randbits(52)], 'naming a checkpoint')[0][0]):013x}"
     note = {"version": VERSION, "name": name, "world_size": workers.size, "algorithm": algorithm}
-    entries = {key: checkpoint[key] for key in (*PER_RANK, *per_rank) if key in checkpoint}
+    note |= {"shards": list(shards)} if shards else {}
+    entries = {key: checkpoint[key] for key in (*PER_RANK, *per_rank) if key in checkpoint} | dict(own or {})
     for key in [key for key, value in entries.items() if not is_plain(value)]:
         del entries[key]
         warnings.warn(
@@ -142,6 +148,7 @@ def load(
     workers: Workers,
     algorithm: str,
     weights: Sequence[str] = ("state_dict",),
+    shards: Sequence[int] = (),
 ) -> Restored:
     """Read what :func:`save` wrote beside a main file; all workers must call this and come to the same conclusion.
 
@@ -151,6 +158,7 @@ def load(
         workers: all of them.
         algorithm: what kind of state is wanted.
         weights: the entries that hold the consensus weights.
+        shards: as for :func:`save`.
 
     Raises:
         ValueError: if the main file is damaged, or is not the same for all workers.
@@ -181,16 +189,23 @@ def load(
             f"The slow state beside {path} could not be read by {found.lost_shared}: the algorithm starts anew from "
             "the consensus."
         )
-    elif note["world_size"] != workers.size:
+    elif (before := (note["world_size"], tuple(note.get("shards", ())))) != (workers.size, tuple(shards)):
         texts.append(
-            f"{path} was saved by {note['world_size']} workers and is continued by {workers.size}: they go on from the "
-            "consensus with the slow state; what each worker had of its own is left behind."
+            f"{path} was saved by {_crew(*before)} and is continued by {_crew(workers.size, shards)}: they go on from "
+            "the consensus with the slow state; what each worker had of its own is left behind."
         )
     elif found.lost_own:
         texts.append(f"The own state of {found.lost_own}: all workers go on from the consensus with the slow state.")
     else:
         local, entries = found.own["local"], found.own["entries"]
     return Restored(shared, local, entries, " ".join(texts) or None)
+
+
+def _crew(processes: int, shards: Sequence[int]) -> str:
+    """How many workers there are, in words."""
+    if not shards:
+        return f"{processes} workers"
+    return f"{processes // prod(shards)} workers of {' x '.join(map(str, shards))} shards"
 
 
 def remove(path: str | os.PathLike) -> None:
@@ -254,6 +269,8 @@ def _damage(path: str | os.PathLike) -> str | None:
     """
     try:
         system, inner = fsspec.core.url_to_fs(str(path))
+        if system.isdir(inner):  # of a distributed checkpoint
+            inner = f"{inner}/meta.pt"
         with system.open(inner, "rb") as file:
             if zipfile.is_zipfile(file):
                 file.seek(0)

@@ -1,4 +1,7 @@
-"""Two levels: processes of one node that share every gradient, and nodes that meet now and then."""
+"""Two levels: processes that make up one worker, and workers that meet now and then.
+
+The processes of a worker share every gradient (DDP inside nodes), or a model of which each holds a shard.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,29 @@ def two_levels(everyone: Workers, per_node: PerNode, node_rank: int, local_rank:
         raise ValueError(f"Nodes must have equally many processes, got {[len(node) for node in nodes]}.")
     columns = [list(column) for column in zip(*nodes, strict=True)]
     return Levels(everyone.split(nodes, headers=False), everyone.split(columns))
+
+
+def consecutive(everyone: Workers, per_worker: int) -> Levels:
+    """Split all processes so that every ``per_worker`` consecutive ranks are one worker; every process must call this.
+
+    Args:
+        everyone: all processes.
+        per_worker: how many make up one worker; it divides their number.
+    """
+    ranks = range(everyone.size)
+    workers = [list(ranks[start : start + per_worker]) for start in ranks[::per_worker]]
+    columns = [list(ranks[place::per_worker]) for place in range(per_worker)]
+    return Levels(everyone.split(workers), everyone.split(columns))
+
+
+def members(workers: Workers, everyone: Workers) -> list[list[int]]:
+    """The processes that make up each worker, by its rank; every process must call this.
+
+    Args:
+        workers: between which this process exchanges parameters: those at its own place in every worker.
+        everyone: all processes.
+    """
+    found: list[list[int]] = [[] for _ in range(workers.size)]
+    for process, (worker,) in enumerate(everyone.gather([workers.rank], "finding the workers")):
+        found[int(worker)].append(process)
+    return found

@@ -108,6 +108,9 @@ class InProcessTransport:
     def listen(self, all_the_time: bool) -> None:
         """Nothing to do: whoever waits looks again before every turn."""
 
+    def close_also(self, group: Any) -> None:
+        """Nothing to close."""
+
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
         """Nothing to explain: these workers communicate by this transport alone."""
         return None

@@ -163,13 +163,12 @@ class Meeting:
 
     Args:
         headers: one per process, by rank.
-        peers: of these, the workers between which parameters are exchanged, by rank; all if None. (With several
-            processes per worker, each process has peers of its own.)
+        members: the processes that make up each worker, by its rank; None: every process is one.
     """
 
-    def __init__(self, headers: Sequence[Header], peers: Sequence[int] | None = None) -> None:
+    def __init__(self, headers: Sequence[Header], members: Sequence[Sequence[int]] | None = None) -> None:
         self.headers = list(headers)
-        self.peers = self.headers if peers is None else [self.headers[rank] for rank in peers]
+        self.members = [[rank] for rank in range(len(self.headers))] if members is None else members
 
     @property
     def stop(self) -> bool:
@@ -244,17 +243,18 @@ class Meeting:
             wanted: says for what, and of which optimizer.
         """
         index, place = wanted.optimizer_index, (wanted.reason, wanted.optimizer_index)
+        first = [self.headers[ranks[0]] for ranks in self.members]  # the processes of a worker step together
         return Round(
             wanted.levels,
-            [header.pending[index] for header in self.peers],
-            [(header.reason, header.optimizer_index) == place for header in self.peers],
+            [header.pending[index] for header in first],
+            [(header.reason, header.optimizer_index) == place for header in first],
             self.healthy(),
             self.same_rates,
         )
 
     def healthy(self) -> list[bool]:
-        """Which workers have finite parameters, by rank."""
-        return [not header.poisoned for header in self.peers]
+        """Which workers have finite parameters, by rank: in all of their processes."""
+        return [not any(self.headers[rank].poisoned for rank in ranks) for ranks in self.members]
 
     def check(self, workers: Workers, together: bool = False) -> None:
         """Make sure that the workers belong together.
@@ -280,13 +280,15 @@ class Meeting:
             )
 
 
-def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None, together: bool = False) -> Meeting:
+def meet(
+    header: Header, workers: Workers, members: Sequence[Sequence[int]] | None = None, together: bool = False
+) -> Meeting:
     """Meet the other workers.
 
     Args:
         header: this worker's.
         workers: all processes.
-        peers: of these, the workers between which parameters are exchanged; all if None.
+        members: the processes that make up each worker; None: every process is one.
         together: whether all must have come for the same.
 
     Raises:
@@ -294,7 +296,7 @@ def meet(header: Header, workers: Workers, peers: Sequence[int] | None = None, t
     """
     purpose = header.reason.name.lower().replace("_", " ")
     rows = workers.gather(header.numbers(), f"the meeting before {purpose}")
-    meeting = Meeting([Header.of(row) for row in rows], peers)
+    meeting = Meeting([Header.of(row) for row in rows], members)
     meeting.check(workers, together)
     return meeting
 

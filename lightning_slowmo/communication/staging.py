@@ -109,6 +109,10 @@ class Staged:
         """As the transport inside."""
         self.inner.listen(all_the_time)
 
+    def close_also(self, group: Any) -> None:
+        """As the transport inside."""
+        self.inner.close_also(group)
+
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
         """As the transport inside."""
         return self.inner.explained(error, purpose, waited)

@@ -231,6 +231,10 @@ class TorchTransport:
         if dist.is_initialized():
             self.failures.listen(all_the_time)
 
+    def close_also(self, group: Any) -> None:
+        """Close another process group, too, if another process has failed."""
+        self.failures.close.append(partial(_close, group))
+
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
         """Who failed, if an error of another process group comes from that; None if nobody did."""
         if isinstance(error, SyncError) or not _is_of_communication(error) or not dist.is_initialized():

@@ -82,6 +82,9 @@ class Transport(Protocol):
     def listen(self, all_the_time: bool) -> None:
         """Look for failures of the others all the time, or only while this worker waits for them."""
 
+    def close_also(self, group: Any) -> None:
+        """Close a process group that others made, too, if another worker has failed: whoever waits in it hears."""
+
     def explained(self, error: BaseException, purpose: str, waited: float = 0.0) -> SyncError | None:
         """Who failed, where an operation that is not of this transport raised an error.
 

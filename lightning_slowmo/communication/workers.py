@@ -343,6 +343,15 @@ class Workers:
         if self.transport is not None:
             self.transport.listen(all_the_time)
 
+    def close_also(self, group: Any) -> None:
+        """Close a process group that others made, too, if another worker has failed, so that no wait in it is in vain.
+
+        Args:
+            group: of ``torch.distributed``.
+        """
+        if self.transport is not None:
+            self.transport.close_also(group)
+
     @contextmanager
     def naming(self, purpose: str) -> Iterator[None]:
         """Communication by other means than these workers, whose errors then name who failed.

@@ -40,6 +40,7 @@ def plan(
     link: Link,
     sync_every: int | None = None,
     bucket_cap_mb: float | None = None,
+    shards: int = 1,
 ) -> dict[str, Prediction | str]:
     """DDP and all presets, by name; a text says why there is no prediction.
 
@@ -50,12 +51,13 @@ def plan(
         link: of each worker.
         sync_every: optimizer steps between averages, see :func:`at_period`; None keeps the presets' own.
         bucket_cap_mb: size of messages in MiB; None: as the strategy chooses it.
+        shards: processes that make up a worker, see :func:`predict`.
     """
-    rows: dict[str, Prediction | str] = {"ddp": predict(DDP(), shapes, workers, step, link)}
+    rows: dict[str, Prediction | str] = {"ddp": predict(DDP(), shapes, workers, step, link, shards=shards)}
     for name, preset in PRESETS.items():
         algorithm = preset if sync_every is None else at_period(preset, sync_every)
         try:
-            rows[name] = predict(algorithm, shapes, workers, step, link, bucket_cap_mb=bucket_cap_mb)
+            rows[name] = predict(algorithm, shapes, workers, step, link, bucket_cap_mb=bucket_cap_mb, shards=shards)
         except ValueError as error:
             rows[name] = str(error)
     return rows
@@ -87,16 +89,20 @@ def recommend(
     link: Link,
     sync_every: int = 12,
     bucket_cap_mb: float | None = None,
+    shards: int = 1,
 ) -> Advice:
     """What to do; the arguments are those of :func:`plan`.
 
-    The order is that of how little training changes: DDP, local steps with slow momentum, fewer syncs, fewer bits.
+    The order is that of how little training changes: DDP, local steps with slow momentum, fewer syncs, fewer bits
+    (which do not go with shards).
     """
 
     def seconds(algorithm: Algorithm, cap: float | None = bucket_cap_mb) -> float:
-        return predict(algorithm, shapes, workers, step, link, bucket_cap_mb=cap).step
+        return predict(algorithm, shapes, workers, step, link, bucket_cap_mb=cap, shards=shards).step
 
     def advise(name: str, algorithm: Algorithm, text: str) -> Advice:
+        if shards > 1:
+            return Advice(name, f"SlowMoModelParallelStrategy({source(algorithm)}, workers={workers})", text)
         cap = bucket_cap_mb
         if cap is None:
             wanted = cap_for(link, workers, 4 * sum(math.prod(shape) for shape in shapes))
@@ -105,8 +111,8 @@ def recommend(
                 text += f" Messages of {cap} MiB wait less for the latency: {seconds(algorithm, cap) / step:.2f} times."
         return Advice(name, strategy_of(algorithm, cap), text)
 
-    ddp = predict(DDP(), shapes, workers, step, link).step
-    stay = partial(Advice, "ddp", '"ddp"')
+    ddp = predict(DDP(), shapes, workers, step, link, shards=shards).step
+    stay = partial(Advice, "ddp", '"ddp"' if shards == 1 else "ModelParallelStrategy()")
     if workers == 1:
         return stay("There is one worker: nothing to communicate.")
     if ddp <= GOOD_ENOUGH * step:
@@ -118,7 +124,7 @@ def recommend(
         return advise("slowmo", slowmo, f"{text}, {takes / step:.2f} times the computation.")
     text = f"slowmo with sync_every={sync_every} takes {takes / step:.2f} times the computation"
     text += f" ({ddp / takes:.1f} times as fast as ddp)" if ddp > takes else ", more than ddp"
-    quantized = seconds(qprsgd)
+    quantized = seconds(qprsgd) if shards == 1 else takes
     needed = math.ceil(sync_every * (takes - step) / ((GOOD_ENOUGH - 1) * step))
     text += f"; {GOOD_ENOUGH:g} times would need sync_every={needed}."
     if quantized < takes:

@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--latency", type=checked(parse_seconds), help="of a message, such as 0.2ms (default) or 0")
     arguments.add_argument("--sync-every", type=int, help="steps between averages, for presets that wait 12 or more")
     arguments.add_argument("--bucket-cap-mb", type=float, help="size of messages in MiB, as the strategy's option")
+    arguments.add_argument(
+        "--shards", type=int, default=1, help="processes of a worker, each with a shard of the model"
+    )
     arguments.add_argument("--measure", action="store_true", help="under torchrun: measure what is not given")
     arguments.add_argument(
         "--step", metavar="MODULE:FUNCTION", help="with --measure: a function that returns a model and a training step"
@@ -117,17 +120,22 @@ def main(command: Sequence[str] | None = None) -> None:
     if setting is None:
         return
     shapes, step, link, workers = setting
-    rows = plan(shapes, workers, step, link, given.sync_every, given.bucket_cap_mb)
-    advice = recommend(shapes, workers, step, link, given.sync_every or 12, given.bucket_cap_mb)
+    rows = plan(shapes, workers, step, link, given.sync_every, given.bucket_cap_mb, given.shards)
+    advice = recommend(shapes, workers, step, link, given.sync_every or 12, given.bucket_cap_mb, given.shards)
     numel = sum(math.prod(shape) for shape in shapes)
     if given.json:
         known = {name: asdict(row) if isinstance(row, Prediction) else row for name, row in rows.items()}
-        inputs = {"params": numel, "step": step, "workers": workers, **asdict(link)}
+        inputs = {"params": numel, "step": step, "workers": workers, "shards": given.shards, **asdict(link)}
         told = {"recommendation": advice.text, "recommended": advice.name, "strategy": advice.strategy}
         print(json.dumps({"inputs": inputs, "predicted": known, **told}, indent=2))
         return
     print(f"{numel:,} parameters, {1e3 * step:.1f} ms of computation a step, {workers} workers,")
     print(f"{link.bandwidth / 1e9:.4g} Gbit/s, {1e3 * link.latency:.3g} ms a message: predicted")
+    if given.shards > 1:
+        print(
+            f"each worker {given.shards} shards that share its link; bytes and memory are those of one shard, and ddp"
+        )
+        print("averages the gradients of equal shards at every step (HSDP)")
     print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n    Trainer(strategy={advice.strategy})")
 
 
@@ -143,7 +151,7 @@ def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         reader.error("--step needs --measure")
     if given.step_ms is not None and not 0 < given.step_ms < math.inf:
         reader.error(f"--step-ms must be above 0 and finite, got {given.step_ms}")
-    for name in ("workers", "sync_every"):
+    for name in ("workers", "sync_every", "shards"):
         value = getattr(given, name)
         if value is not None and value < 1:
             reader.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_slowmo.algorithms import Algorithm
+from lightning_slowmo.algorithms.base import require_elementwise
 from lightning_slowmo.bucket_sizes import sizes_for
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.compression import (
@@ -110,6 +111,7 @@ def predict(
     costs: Mapping[str, Costs] | None = None,
     handling: float = SECONDS_HANDLED,
     bucket_cap_mb: float | None = None,
+    shards: int = 1,
 ) -> Prediction:
     """What a way to train would take.
 
@@ -122,12 +124,20 @@ def predict(
         costs: of compressors, by their representation, where :data:`COSTS` is not to be used.
         handling: seconds per element of a sync's own work, compression aside.
         bucket_cap_mb: size of messages in MiB; None: as the strategy chooses it.
+        shards: processes that make up a worker, each with a shard of the model; bytes and memory are one's, and they
+            share the worker's link. DDP then stands for gradients of shards that are averaged at every step (HSDP).
 
     Raises:
-        ValueError: if a number is out of its range, or the algorithm does not say what it sends and keeps, or does not
-            fit the workers.
+        ValueError: if a number is out of its range, the algorithm is none for shards, does not say what it sends and
+            keeps, or does not fit the workers.
     """
     _check_numbers(workers, step, link)
+    if shards != 1:
+        if not shards >= 1:
+            raise ValueError(f"shards must be at least 1, got {shards!r}.")
+        if isinstance(way, Algorithm):
+            require_elementwise(way)
+        shapes, link = [shard_of(shape, shards) for shape in shapes], replace(link, bandwidth=link.bandwidth / shards)
     layout = layout_of(shapes, sizes=sizes_for("cpu", workers, bucket_cap_mb))
     if isinstance(way, DDP):
         return _ddp(way, shapes, workers, step, link)
@@ -140,6 +150,11 @@ def predict(
         waits += (transfer_seconds(sync, link) - hidden + work_seconds(sync, costs, handling)) / sync.every
     scratch = 4 * layout.sizes.in_flight * max((b.numel for b in layout.buckets if not b.in_place), default=0)
     return Prediction(step + waits, bytes_per_step(every), 4 * way.state_numel(layout, workers) + scratch)
+
+
+def shard_of(shape: Sequence[int], shards: int) -> tuple[int, ...]:
+    """The shape of the largest shard of a tensor, as ``fully_shard`` cuts it: along its first dimension."""
+    return (-(-shape[0] // shards), *shape[1:]) if shape else ()
 
 
 def _check_numbers(workers: int, step: float, link: Link) -> None:

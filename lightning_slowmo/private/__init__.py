@@ -63,6 +63,28 @@ def is_persistent(module: Module, name: str) -> bool:
     return name not in module._non_persistent_buffers_set
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its own part of a ``DTensor``, and any other tensor itself.
+
+    Tested with torch 2.15 (``DTensor._local_tensor``). Public replacement: ``DTensor.to_local()``, which makes a view
+    for autograd each time: 4 µs instead of 0.05, at every look at every parameter.
+    """
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def place_of_shard(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where what this process holds of a ``DTensor`` lies in the whole.
+
+    Tested with torch 2.15 (``DTensor.__create_chunk_list__``, of which distributed checkpoints are made). Public
+    replacement: none.
+
+    Returns:
+        Offset and extent in each dimension.
+    """
+    [chunk] = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
 def default_store() -> Store:
     """The key-value store of the rendezvous of ``torch.distributed``, which must be initialized.
 

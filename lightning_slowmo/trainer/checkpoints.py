@@ -26,7 +26,12 @@ class CheckpointsMixin(ConsensusMixin):
                 return state
             # Copied, since the worker's own parameters come back into these tensors, while a writer in the background
             # may not have finished.
-            return {key: _cloned(value) for key, value in state.items()} if self.is_global_zero else state
+            return {key: _cloned(value) for key, value in state.items()} if self._keeps_weights else state
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether this process needs the weights to save once the worker has its own again."""
+        return self.is_global_zero
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write Lightning's file, and beside it what differs by rank (unless only weights are saved)."""

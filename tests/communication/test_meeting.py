@@ -51,10 +51,10 @@ def test_rounds_come_before_what_else_workers_came_for_and_the_first_optimizers_
     assert Meeting([first, replace(first, levels=Level.OUTER)]).wanted.levels == Level.BASE | Level.OUTER
 
 
-def test_of_several_processes_per_worker_the_peers_alone_exchange_parameters():
-    headers = [Header(Reason.SYNC, pending=(rank,), poisoned=rank == 3, stop=rank == 0) for rank in range(4)]
-    meeting = Meeting(headers, peers=[1, 3])
-    assert meeting.round(Header(Reason.SYNC)).pending == [1, 3]
+def test_a_worker_of_several_processes_is_healthy_if_all_of_them_are():
+    headers = [Header(Reason.SYNC, pending=(rank // 2,), poisoned=rank == 3, stop=rank == 0) for rank in range(4)]
+    meeting = Meeting(headers, members=[[0, 1], [2, 3]])
+    assert meeting.round(Header(Reason.SYNC)).pending == [0, 1]
     assert meeting.healthy() == [True, False]
     assert meeting.stop  # decided by all
 

@@ -44,7 +44,7 @@ def composed(*overrides: str):
 
 
 def test_there_is_a_strategy_for_each_preset_and_ddp():
-    assert {path.stem for path in (CONF / "strategy").glob("[!_]*.yaml")} == {*PRESETS, "ddp"}
+    assert {path.stem for path in (CONF / "strategy").glob("[!_]*.yaml")} == {*PRESETS, "ddp", "slowmo_fsdp"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,6 +13,7 @@ from lightning_slowmo.averaging.drift import SAMPLE_PIECE, Drift
 from lightning_slowmo.averaging.kernels import passes
 from lightning_slowmo.averaging.kernels.trace import Trace
 from lightning_slowmo.parameters import Bucket
+from lightning_slowmo.private import held
 from lightning_slowmo.storage import is_dense, local
 
 KINDS = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -57,7 +58,7 @@ class Table:
         """
         bucket = self.bucket
         if bucket.storage is local:  # asks the parameters themselves: hundreds of views would cost a small model's sync
-            now = [parameter.data_ptr() for parameter, _, _ in bucket.spans]
+            now = [held(parameter).data_ptr() for parameter, _, _ in bucket.spans]
         else:
             now = [bucket.storage(parameter).data_ptr() for parameter, _, _ in bucket.spans]
         if now != self._known:
