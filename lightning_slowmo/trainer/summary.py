@@ -12,6 +12,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_slowmo.algorithms import Algorithm, SyncReport
+from lightning_slowmo.algorithms.schedules import Schedule
 from lightning_slowmo.core import StrategyCore
 
 
@@ -47,15 +48,21 @@ def warn_of_few_steps(algorithm: Algorithm, steps: float, pending: int) -> None:
         steps: that are going to be taken.
         pending: steps of the first period that were taken before, in a fit that is resumed.
     """
-    period, base = getattr(algorithm, "sync_every", None), getattr(algorithm, "base", None)
-    if not isinstance(period, int) or not 0 < steps < period - pending:
+    period, base = _period(algorithm), getattr(algorithm, "base", None)
+    if not 0 < steps < period - pending:
         return
-    meets_before = base is not None and getattr(base, "sync_every", 1) < period
+    meets_before = base is not None and _period(base) < period
     what = "no slow update will be made" if meets_before else "the workers will meet once, at the end"
     rank_zero_warn(
         f"{steps} step{'s' if steps > 1 else ''}, sync_every={period}: {what}. Train for longer, or with a smaller "
         "sync_every. Steps are counted after accumulation and within max_steps and limit_train_batches."
     )
+
+
+def _period(algorithm: Algorithm) -> int:
+    """Steps between two syncs, or to the first one that a schedule allows; 1 without a period."""
+    sync_every: int | Schedule = getattr(algorithm, "sync_every", 1)
+    return sync_every.shortest if isinstance(sync_every, Schedule) else sync_every
 
 
 class Summary:

@@ -10,7 +10,8 @@ import pytest
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from lightning_slowmo import AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SlowMoStrategy, SyncReport
-from lightning_slowmo.trainer.summary import describe, steps_left
+from lightning_slowmo.algorithms.schedules import Stages
+from lightning_slowmo.trainer.summary import describe, steps_left, warn_of_few_steps
 from tests.harness import run_trainers
 from tests.trainer.models import Regression, data, trainer
 
@@ -62,6 +63,26 @@ def test_the_largest_drift_is_that_of_all_syncs():
         total = total + SyncReport(drift=drift)
     assert (total.drift, total.largest_drift, total.count) == (0.2, 0.4, 3)
     assert "sync/largest_drift" not in total.metrics()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "pending", "warns"),
+    [
+        (LocalSGD(12), 11, 0, True),
+        (LocalSGD(12), 12, 0, False),
+        (LocalSGD(12), 11, 1, False),  # a step of the period was taken before the fit was resumed
+        (LocalSGD(Stages({0: 20, 100: 40})), 19, 0, True),
+        (LocalSGD(Stages({0: 20, 100: 40})), 20, 0, False),
+        (SlowMo(sync_every=Stages({0: 20, 100: 40})), 19, 0, True),
+        (Gossip(), 1, 0, False),
+        (LocalSGD(12), math.inf, 0, False),
+    ],
+)
+def test_a_warning_needs_fewer_steps_than_a_period(algorithm, steps, pending, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_few_steps(algorithm, steps, pending)
+    assert len(caught) == warns
 
 
 CASES = {
