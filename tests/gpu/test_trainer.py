@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 
 import lightning as L
 import pytest
@@ -49,7 +50,7 @@ def trainer(accelerator: str, size: int, steps: int, **options) -> L.Trainer:
         devices=1,
         num_nodes=size,
         max_steps=steps,
-        strategy=SlowMoStrategy(SlowMo(sync_every=2), process_group_backend=BOTH),
+        strategy=SlowMoStrategy(SlowMo(sync_every=2), process_group_backend=BOTH, sync_timeout=timedelta(seconds=15)),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
