@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_slowmo import AllReduce, LocalSGD, SimulatedStrategy, SlowMo, SlowMoStrategy
+from lightning_slowmo import AllReduce, LocalSGD, PostLocal, SimulatedStrategy, SlowMo, SlowMoStrategy
 from tests.harness import run_trainers
 from tests.test_contract import ALL, configured, optimizer_for
 from tests.trainer.models import Regression, data, distance, numbers, trainer
@@ -81,6 +81,7 @@ CASES = {name: (lambda name=name: (configured(name), Model(name), {})) for name 
     "clipping": lambda: (LocalSGD(3), Model("local_sgd"), {"gradient_clip_val": 0.1}),
     "dropout": lambda: (SlowMo(sync_every=3), Model("slowmo", dropout=0.5), {}),
     "manual": lambda: (SlowMo(sync_every=2), Adversaries(), {}),
+    "averaged gradients first": lambda: (LocalSGD(PostLocal(start=5, every=3)), Model("local_sgd"), {}),
     "manual exchange": lambda: (AllReduce(), Adversaries(), {}),
     "validation in between": lambda: (SlowMo(sync_every=3), Model("slowmo"), {"val_check_interval": 2}),
     "max_steps": lambda: (SlowMo(sync_every=3), Model("slowmo"), {"max_steps": 10}),
