@@ -1,7 +1,7 @@
 """Private members of PyTorch and of Lightning, each behind a function with a plain name.
 
-Nothing outside of this folder touches a private member of a foreign object (``tests/test_architecture.py`` checks it): an
-upgrade that breaks one is repaired here. Every function says which version it was tested with and which public
+Nothing outside of this folder touches a private member of a foreign object (``tests/test_architecture.py`` checks it):
+an upgrade that breaks one is repaired here. Every function says which version it was tested with and which public
 interface would replace it. Nothing is imported from Lightning, and ``torch.distributed`` only where it is needed, so
 every part of the package may use these functions.
 """
