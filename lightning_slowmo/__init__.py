@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from lightning_slowmo.__about__ import __version__
 from lightning_slowmo.algorithms import (
     BMUF,
+    DESLOC,
     QPRSGD,
     QSR,
     Algorithm,
@@ -53,6 +54,7 @@ if find_spec("lightning"):
 
 __all__ = [
     "BMUF",
+    "DESLOC",
     "PRESETS",
     "QPRSGD",
     "QSDP",

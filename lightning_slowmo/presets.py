@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from lightning_slowmo.algorithms import (
     BMUF,
+    DESLOC,
     QPRSGD,
     Algorithm,
     AllReduce,
@@ -34,6 +35,7 @@ PRESETS: dict[str, Algorithm] = {
     "muloco": DiLoCo(sync_every=30, outer_lr=0.7, outer_momentum=0.6),
     "noloco": NoLoCo(),
     "sparse_loco": SparseLoCo(),
+    "des_loc": DESLOC(),
     "sgp": Gossip(),
     "osgp": Gossip(overlap=1),
     "dpsgd": _DPSGD,

@@ -72,7 +72,7 @@ VARIANTS = {
     "qprsgd with feedback": QPRSGD(3, Sign("l1"), "two_shot", error_feedback=True),
 }
 
-TAKES_ADAM = {"apmsqueeze"}
+TAKES_ADAM = {"apmsqueeze", "des_loc"}
 TAKES_PLAIN_SGD = {"sketched_sgd", "sensed_sgd"}
 
 

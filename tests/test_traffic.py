@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.sync_round import bytes_of
 from lightning_slowmo import (
+    DESLOC,
     PRESETS,
     QPRSGD,
     QSR,
@@ -80,6 +81,8 @@ def configured(name: str) -> Algorithm:
     if name in OTHERS:
         return OTHERS[name]
     algorithm = at_period(PRESETS[name], PERIOD)
+    if isinstance(algorithm, DESLOC):
+        return dataclasses.replace(algorithm, first_every=PERIOD, second_every=STEPS // 2)
     return dataclasses.replace(algorithm, warmup_steps=3) if isinstance(algorithm, APMSqueeze) else algorithm
 
 

@@ -5,6 +5,7 @@ from lightning_slowmo.algorithms.base import Algorithm, Round, Running, SyncRepo
 from lightning_slowmo.algorithms.block_momentum import BMUF
 from lightning_slowmo.algorithms.compressed_gossip import SQuARM, Threshold
 from lightning_slowmo.algorithms.consensus_step import suggest_consensus_step
+from lightning_slowmo.algorithms.des_loc import DESLOC
 from lightning_slowmo.algorithms.diloco import DiLoCo
 from lightning_slowmo.algorithms.gossip import Gossip
 from lightning_slowmo.algorithms.local_sgd import LocalSGD
@@ -20,6 +21,7 @@ from lightning_slowmo.algorithms.squeezed_adam import APMSqueeze
 
 __all__ = [
     "BMUF",
+    "DESLOC",
     "QPRSGD",
     "QSR",
     "APMSqueeze",
