@@ -247,9 +247,9 @@ def require_elementwise(algorithm: Algorithm) -> None:
     """Raise ValueError unless an algorithm does the same to shards as to whole tensors."""
     if not algorithm.fits_shards:
         raise ValueError(
-            f"{algorithm.kind} does not say that it moves every element by itself: norms, scales or largest elements of "
-            "shards would be others than those of whole tensors. With sharded models use AllReduce, LocalSGD, SlowMo, BMUF, DiLoCo or Gossip, "
-            "without a compressor or an outer_optimizer of your own."
+            f"{algorithm.kind} does not say that it moves every element by itself: norms, scales or largest elements "
+            "of shards would be others than those of whole tensors. With sharded models use AllReduce, LocalSGD, "
+            "SlowMo, BMUF, DiLoCo or Gossip, without a compressor or an outer_optimizer of your own."
         )
 
 
