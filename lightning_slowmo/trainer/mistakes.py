@@ -102,7 +102,7 @@ class Names(list):
             meant = nearest(wanted.partition("_find_unused")[0], self)
             if meant and any(meant.removesuffix(suffix) in PRESETS for suffix in LAUNCHERS):
                 return f"Did you mean {meant!r}?"
-        elif isinstance(wanted, StrategyPart) and not isinstance(wanted, self.kind):
+        elif isinstance(wanted, StrategyPart) and wanted.package.__name__ != self.package:
             module = "lightning_slowmo.pl" if self.package == "pytorch_lightning" else "lightning_slowmo"
             return f"That strategy is for another package than this Trainer, {self.package}: use {module}'s."
         return None

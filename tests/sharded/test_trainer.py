@@ -289,6 +289,8 @@ def test_processes_of_a_worker_may_not(trained):
 
 
 def test_presets_are_registered_by_name():
+    own = SlowMoModelParallelStrategy(workers=1)
+    assert L.Trainer(strategy=own, accelerator="cpu", devices=1, logger=False).strategy is own
     fitting = L.Trainer(strategy="slowmo_fsdp", accelerator="cpu", devices=1, logger=False)
     assert isinstance(fitting.strategy, SlowMoModelParallelStrategy)
     assert fitting.strategy.algorithm == SlowMo()
