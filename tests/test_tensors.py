@@ -70,6 +70,7 @@ class Complex:
 
 SPECIAL = {
     "apmsqueeze": (APMSqueeze(warmup_steps=3), ADAM),
+    "des_loc": (replace(PRESETS["des_loc"], sync_every=2), ADAM),
     "sketched_sgd": (SketchedSGD(uncompressed_below=1), PLAIN),
     "sensed_sgd": (SensedSGD(uncompressed_below=1), PLAIN),
 }
@@ -580,7 +581,9 @@ def test_sparse_adam_steps_on_the_rows_that_any_worker_has_and_keeps_all_equal(w
 
 
 LOCAL = {
-    name: PRESETS[name] for name in PRESETS if name not in ("allreduce", "apmsqueeze", "sketched_sgd", "sensed_sgd")
+    name: PRESETS[name]
+    for name in PRESETS
+    if name not in ("allreduce", "apmsqueeze", "des_loc", "sketched_sgd", "sensed_sgd")
 }
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_slowmo import SlowMoStrategy
 from lightning_slowmo.presets import PRESETS
 from tests.harness import run_trainers
-from tests.trainer.models import trainer
+from tests.trainer.models import TAKE_ADAM, trainer
 
 WORDS, WIDTH = 10, 4
 COUNT = {2: 30, 3: 12}
@@ -62,7 +62,10 @@ class Case:
         """Patterns of the errors of which one must come; none if training must end with equal models."""
         if self.lazy:
             return [r"ValueError: .*middle\.\w+ in LazyLinear \(middle\) has no shape yet"]
-        wants = {"apmsqueeze": ("adam", "Adam or AdamW"), "sketched_sgd": ("sgd", "SGD"), "sensed_sgd": ("sgd", "SGD")}
+        wants = dict.fromkeys(TAKE_ADAM, ("adam", "Adam or AdamW")) | {
+            "sketched_sgd": ("sgd", "SGD"),
+            "sensed_sgd": ("sgd", "SGD"),
+        }
         optimizer, named = wants.get(self.algorithm, (self.optimizer, ""))
         shapes = {b.shape for b in self.buffers if b.persistent}
         uneven = len(set(self.batches[:size])) > 1

@@ -19,6 +19,9 @@ warnings.filterwarnings("ignore", ".*configure_optimizers.*|.*`val_dataloader`.*
 
 FEATURES = 5
 
+TAKE_ADAM = ("apmsqueeze", "des_loc")
+"""Presets that need Adam or AdamW."""
+
 
 def data(seed: int, examples: int = 32, batch_size: int = 4) -> DataLoader:
     """A noisy regression problem; give each rank its own seed, so that local steps drift apart."""

@@ -8,7 +8,7 @@ import torch
 
 from lightning_slowmo.presets import PRESETS
 from tests.harness import run_trainers
-from tests.trainer.models import Regression, all_finite, data, distance, numbers, trainer
+from tests.trainer.models import TAKE_ADAM, Regression, all_finite, data, distance, numbers, trainer
 
 
 class Start(Regression):
@@ -22,7 +22,7 @@ def train_all(rank, size, folder, before, epochs):
     """Train every preset, from the checkpoints of another folder if there is one; save it in this one."""
     results = {}
     for name in PRESETS:
-        module = Start(adam=name == "apmsqueeze")
+        module = Start(adam=name in TAKE_ADAM)
         fitting = trainer(size, name, max_epochs=epochs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -6,7 +6,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_slowmo import SlowMoStrategy
 from lightning_slowmo.presets import PRESETS
 from tests.harness import run_trainers
-from tests.trainer.models import Regression, all_finite, data, distance, numbers, trainer
+from tests.trainer.models import TAKE_ADAM, Regression, all_finite, data, distance, numbers, trainer
 
 SUFFIXES = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
@@ -14,7 +14,7 @@ SUFFIXES = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"
 def train_presets(rank, size):
     models = {}
     for name in PRESETS:
-        module = Regression(adam=name == "apmsqueeze")
+        module = Regression(adam=name in TAKE_ADAM)
         trainer(size, name, max_epochs=4).fit(module, data(rank))
         models[name] = numbers(module)
     return models

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_slowmo import BMUF, DiLoCo, SlowMo, SlowMoStrategy
 from lightning_slowmo.presets import PRESETS
 from tests.harness import run_trainers
-from tests.trainer.models import Regression, data, distance, numbers, trainer
+from tests.trainer.models import TAKE_ADAM, Regression, data, distance, numbers, trainer
 
 GROW_AT = 1
 """The epoch at whose start the model grows; of 8 batches each, so in the middle of a period of 3 steps."""
@@ -107,7 +107,7 @@ def grow_under_each(rank):
     results = {}
     for name in ONE_OF_EACH:
         algorithm = PRESETS[name]
-        module = Growing(adam=name == "apmsqueeze", lr=0.01)
+        module = Growing(adam=name in TAKE_ADAM, lr=0.01)
         fitting = trainer(2, SlowMoStrategy(algorithm), max_epochs=2)
         fitting.fit(module, data(rank), data(9))
         results[name] = numbers(module), module.seen["joined"]
