@@ -35,9 +35,9 @@ class Record:
         parameters: number of the model's parameters.
         sync_every: optimizer steps between meetings; None if there is no such number.
         slow_momentum: SlowMo's beta; None if there is none.
-        shapes: of the parameters that are trained.
         versions: of packages, and the code's commit.
         paper: which row of which paper this stands for, as the experiment's file says it.
+        shapes: of the parameters that are trained.
     """
 
     experiment: str | None
@@ -59,9 +59,9 @@ class Record:
     parameters: int
     sync_every: int | None = None
     slow_momentum: float | None = None
-    shapes: list[list[int]] = field(default_factory=list)
     versions: dict[str, str | None] = field(default_factory=dict)
     paper: dict[str, Any] | None = None
+    shapes: list[list[int]] = field(default_factory=list)
 
     def write(self, folder: str | Path) -> None:
         """Write the file, whole or not at all."""

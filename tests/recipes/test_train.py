@@ -103,10 +103,10 @@ def test_typos_are_refused_by_hydra(override):
         (["data.flip=perhaps"], r"data\.flip must be bool, got 'perhaps'"),
         (["data.mean=0.5"], r"data\.mean must be .*Sequence\[float\], got 0\.5"),
         (["optimizer.lr=fast"], r"optimizer\.lr must be float or Tensor, got 'fast'"),
-        (["strategy.algorithm.slow_momentum=much"], r"slow_momentum must be float, got 'much'"),
+        (["strategy.algorithm.slow_momentum=much"], r"slow_momentum must be float or Ramp, got 'much'"),
         (["strategy.algorithm.inner_buffers=lose"], r"inner_buffers must be 'reset' or .*'auto', got 'lose'"),
         (["strategy.algorithm.base=sgp"], r"strategy\.algorithm\.base must be Algorithm or null, got 'sgp'"),
-        (["strategy.algorithm.slow_momentum=true"], r"slow_momentum must be float, got True"),
+        (["strategy.algorithm.slow_momentum=true"], r"slow_momentum must be float or Ramp, got True"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_starts(overrides, message, tmp_path):
