@@ -46,6 +46,7 @@ TABLES = {
         "CIFAR-10, a small network, steps between meetings", _in("cifar10_small", "tau_sweep"), (1, 2, 3)
     ),
     "multi30k": Table("Multi30k, a small transformer", _in("multi30k", "allreduce", "local_adam", "slowmo"), (1, 2)),
+    "text": Table("A small GPT, whole and sharded", _in("text", "ddp", "slowmo_fsdp"), (1, 2, 3)),
     "cifar10": Table("SlowMo, Table 1: CIFAR-10", _in("cifar10", *_SLOWMO), (1, 2, 3, 4, 5)),
     "cifar10_tau_sweep": Table("SlowMo, Figure 2", _in("cifar10", "tau_sweep"), (1, 2, 3, 4, 5)),
     "imagenet": Table("SlowMo, Table 1: ImageNet", _in("imagenet", *_SLOWMO, *_VARIANTS), (1,)),

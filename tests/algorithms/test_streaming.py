@@ -284,7 +284,7 @@ def test_shared_state_is_equal_on_all_workers_and_has_the_outer_step_of_what_is_
             CHANGING, workers.size, 4, reference.SlowMo(0.5), overlap=0, fragments=fragments
         )
         assert training.engine.units[0].averager.in_flight is not None
-        assert state["base"] == {"fragments": fragments, "fragment": 0}
+        assert state["base"] == {"fragments": fragments, "fragment": 0, "clock": {"epoch": None, "taken": 8}}
         assert np.isfinite(expected).all()
 
 

@@ -152,7 +152,7 @@ def train_on_digits(rank, size):
     for name, algorithm in ({"sgd": AllReduce()} | compressed).items():
         module = Digits(0.9 if name == "sgd" else 0.0)
         torch.manual_seed(1)
-        fitting = trainer(size, SlowMoStrategy(algorithm), max_epochs=8)
+        fitting = trainer(size, SlowMoStrategy(algorithm), max_epochs=15)
         fitting.fit(module, DataLoader(TensorDataset(images[mine], labels[mine]), 32, shuffle=True))
         correct = (module.net(images[test]).argmax(1) == labels[test]).float().mean()
         results[name] = 100 * float(correct), fitting.strategy.report.bytes_sent, fitting.global_step
