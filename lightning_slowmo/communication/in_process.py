@@ -236,6 +236,9 @@ def together(workers: Sequence[Workers], function: Callable[[Workers], T]) -> li
     def tell(index: int, error: BaseException) -> None:
         workers[index].report_failure(f"{type(error).__name__}: {error}")
 
+    for each in workers:  # whoever failed earlier, in a call that has ended, is here again
+        if isinstance(each.transport, InProcessTransport):
+            each.transport.room.failures.clear()
     return outcomes_of([partial(function, each) for each in workers], tell)
 
 

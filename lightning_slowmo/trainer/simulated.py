@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_utilities.core.overrides import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication.in_process import in_process, together
-from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
+from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, SyncError
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.private import simulated as loops
@@ -343,7 +344,10 @@ class SimulatedMixin(SimulatedState):
     def on_exception(self, exception: BaseException) -> None:
         """After Ctrl-C the workers end with the consensus; after an error nothing is averaged any more."""
         if isinstance(exception, KeyboardInterrupt) and self.core.training:
-            self._finish()
+            try:
+                self._finish()
+            except SyncError as error:  # some waited in a sync while others were interrupted before it
+                rank_zero_warn(f"After the interrupt the model holds the first worker's parameters: {error}")
         self._set_training(False)
         super().on_exception(exception)
 

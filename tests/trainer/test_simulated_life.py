@@ -166,6 +166,29 @@ def test_a_users_error_is_raised_as_it_is():
         trainer(1, SimulatedStrategy(LocalSGD(2), 3), precision="64-true").fit(Fails(), loader(range(3)))
 
 
+class Interrupted(Model):
+    """Gets Ctrl-C in the fifth step of the second worker."""
+
+    calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        if self.calls == 14:
+            raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+
+def test_after_an_interrupt_the_model_is_the_consensus():
+    module = Interrupted("local_sgd")
+    strategy = SimulatedStrategy(LocalSGD(4), 3)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(1, strategy, precision="64-true").fit(module, loader(range(3)))
+    assert not strategy.core.training
+    own = [torch.cat([p.flatten() for p in replica.module.parameters()]) for replica in strategy._stage.replicas]
+    assert all(torch.equal(own[0], other) for other in own)
+    assert torch.equal(own[0], torch.cat([p.flatten() for p in module.parameters()]))
+
+
 def test_what_does_not_fill_a_step_of_all_workers_is_dropped():
     odd = DataLoader(list(loader(range(2)))[:5], batch_size=None)
     fitted = trainer(1, SimulatedStrategy(LocalSGD(2), 2), precision="64-true", max_epochs=1)
