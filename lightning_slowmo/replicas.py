@@ -72,12 +72,11 @@ class Replica:
             twin = Parameter(values, requires_grad=parameter.requires_grad)
             vars(twin).update(vars(parameter))  # marks such as "no weight decay"
             self.twins[id(parameter)] = twin
-        self._device = parameters[0].device
         buffers = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
         self.module = twin_of_module(module, self.twins | buffers)
         memo: dict[int, Any] = dict(self.twins)
         self.optimizers = [twin_of_optimizer(optimizer, memo) for optimizer in optimizers]
-        self.randomness = Randomness(self._device)
+        self.randomness = Randomness(parameters[0].device)
 
 
 class Stage:
@@ -140,8 +139,8 @@ class Stage:
         index, replica = self.current, self.replicas[self.current]
         pairs = list(zip(self._parameters, self._tensors[index], strict=True))
         if self._static:
-            for places in self._kinds:
-                foreach_copy_([self._tensors[index][i].data for i in places], [self._parameters[i] for i in places])
+            for kind in self._kinds:
+                foreach_copy_([self._tensors[index][i].data for i in kind], [self._parameters[i] for i in kind])
         for parameter, own in pairs:
             if not self._static and parameter.data_ptr() != own.data_ptr():  # rebound by an optimizer, for example
                 own.data.copy_(parameter.data)
@@ -149,8 +148,9 @@ class Stage:
             # Gradients may lie in the memory of a captured graph, which the next worker's replay needs.
             own.grad = gradient.clone() if self._static and gradient is not None else gradient
         self._move_buffers(self._own_submodules, self._submodules[index])
+        places = dict(pairs)
         for source, target in zip(self._optimizers, self._nested[index], strict=True):
-            _copy_optimizer(source, target, dict(pairs))
+            _copy_optimizer(source, target, places)
         replica.randomness.note()
         self.current = None
 

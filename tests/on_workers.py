@@ -64,7 +64,7 @@ def on_workers(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Ca
 
 
 def on_threads(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Callable]:
-    """As :func:`on_workers`, on threads of this process; so the test must leave global state (seeds, patches) alone."""
+    """As :func:`on_workers`, in this process, where workers take turns; so the test must leave global state alone."""
 
     def decorate(function: Callable) -> Callable:
         def test(size: int) -> None:
