@@ -172,6 +172,7 @@ def _with_gloo(function: Callable, rank: int, size: int, arguments: tuple, folde
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
     try:
+        dist.barrier()  # a function that ends at once must not close connections that others are still making
         return function(rank, *arguments)
     finally:
         dist.destroy_process_group()

@@ -38,5 +38,5 @@ def test_a_failure_is_told_with_its_rank() -> None:
 
 
 def test_a_process_that_does_not_end_fails_the_test_with_its_stack() -> None:
-    with pytest.raises(WorkerFailed, match=r"Still alive after 3 s(.|\n)*hang_on_one"):
-        run(2, hang_on_one, limit=3)
+    with pytest.raises(WorkerFailed, match=r"Still alive after 5 s(.|\n)*hang_on_one"):
+        run(2, hang_on_one, limit=5)

@@ -11,7 +11,7 @@ from tests.harness import run_trainers
 from tests.test_contract import ALL, configured, optimizer_for
 from tests.trainer.models import Regression, data, distance, numbers, trainer
 
-TOLERANCE = {"apmsqueeze": 1e-7, "des_loc": 1e-7}
+TOLERANCE = {"apmsqueeze": 1e-7, "des_loc": 1e-7, "diloco with Adam outside": 1e-9}
 """Adam divides by second moments that are nearly zero here, and so magnifies the rounding of sums in another order."""
 
 
