@@ -17,10 +17,11 @@ import torch
 from lightning_slowmo import Algorithm, Engine, Gossip, LocalSGD, SlowMo, Workers, topology
 from lightning_slowmo.algorithms.gossip import RunningGossip
 from lightning_slowmo.bucket_sizes import BucketSizes
-from lightning_slowmo.communication import Reason
+from lightning_slowmo.communication import Reason, SyncError
+from lightning_slowmo.communication.in_process import in_process, together
 from lightning_slowmo.presets import PRESETS
 from tests.algorithms import gossip_reference
-from tests.harness import run
+from tests.on_workers import TIMEOUT
 
 STEPS = 7
 RATE = 0.1
@@ -74,33 +75,37 @@ def flat(tensors: Any) -> np.ndarray:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy().copy()
 
 
+def on(size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """What ``function(workers, *arguments)`` returns on each of ``size`` workers of this process, which take turns."""
+    return together(in_process(size, TIMEOUT), lambda workers: function(workers, *arguments))
+
+
 class Trainee:
     """A worker with a model of odd shapes, cut into many small buckets, and a local optimizer."""
 
     def __init__(
         self,
-        rank: int,
+        workers: Workers,
         algorithm: Algorithm,
         rate: float = RATE,
         momentum: float = 0.9,
-        together: bool = False,
+        alike: bool = False,
         **kwargs: Any,
     ) -> None:
         # Small enough that a few dozen elements are packed together, cut apart, and sent in place.
         sizes = BucketSizes(bucket_bytes=128, in_place_bytes=320)
-        self.rank, self.k = rank, 0
+        self.rank, self.k = workers.rank, 0
         tensors = [value.clone() for value in shaped(start(0))]
         tensors[4] = tensors[4].contiguous(memory_format=torch.channels_last)
         self.parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
         self.optimizer = torch.optim.SGD(self.parameters, rate, momentum)
-        workers = Workers.from_world()
         workers.sizes = sizes
         self.engine = Engine(algorithm, [self.optimizer], workers, **kwargs)
         unit = self.engine.units[0]
         self.gossip: RunningGossip = getattr(unit, "base", unit)
-        if not together:  # an engine begins with equal models; what it then does is more telling if they differ
+        if not alike:  # an engine begins with equal models; what it then does is more telling if they differ
             with torch.no_grad():
-                for parameter, value in zip(self.parameters, shaped(start(rank)), strict=True):
+                for parameter, value in zip(self.parameters, shaped(start(self.rank)), strict=True):
                     parameter.copy_(value)
             self.gossip.moved()
 
@@ -138,10 +143,12 @@ class History(NamedTuple):
     keeps_numerators: bool
 
 
-def histories(rank: int, algorithms: dict[str, Algorithm], steps: int, together: bool = False) -> dict[str, History]:
+def histories(
+    workers: Workers, algorithms: dict[str, Algorithm], steps: int, alike: bool = False
+) -> dict[str, History]:
     found = {}
     for name, algorithm in algorithms.items():
-        worker = Trainee(rank, algorithm, together=together)
+        worker = Trainee(workers, algorithm, alike=alike)
         rows = []
         for _ in range(steps + 1):
             report = worker.step() if rows else None
@@ -163,13 +170,13 @@ def workers(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def trained(workers: int) -> dict[str, list[History]]:
     """The histories of all workers, for each case."""
-    by_rank = run(workers, histories, cases(workers), STEPS)
+    by_rank = on(workers, histories, cases(workers), STEPS)
     return {name: [found[name] for found in by_rank] for name in by_rank[0]}
 
 
-def reference(config: Gossip, workers: int, together: bool = False) -> gossip_reference.Gossip:
+def reference(config: Gossip, workers: int, alike: bool = False) -> gossip_reference.Gossip:
     schedule = topology.make(config.topology, config.mixing).on(workers)
-    starts = np.array([start(0 if together else rank) for rank in range(workers)])
+    starts = np.array([start(0 if alike else rank) for rank in range(workers)])
     late = config.overlap if workers > 1 else 0
     return gossip_reference.Gossip(schedule.weights, starts, gradient, lambda step: RATE, late, config.order)
 
@@ -177,7 +184,6 @@ def reference(config: Gossip, workers: int, together: bool = False) -> gossip_re
 # Trajectories ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
 def test_models_and_weights_follow_the_papers_listing(workers: int, trained: dict[str, list[History]]) -> None:
     for name, config in cases(workers).items():
         expected = reference(config, workers)
@@ -189,14 +195,12 @@ def test_models_and_weights_follow_the_papers_listing(workers: int, trained: dic
             expected.step()
 
 
-@pytest.mark.processes
 def test_the_irregular_graph_is_one_where_weights_are_needed(workers: int, trained: dict[str, list[History]]) -> None:
     if workers > 2:
         assert np.ptp(trained["irregular, 0 late"][0].weights[-1]) > 0.3
         assert trained["irregular, 0 late"][0].keeps_numerators
 
 
-@pytest.mark.processes
 def test_mass_is_conserved_at_every_step(workers: int, trained: dict[str, list[History]]) -> None:
     """Σx, also in flight, moves by the workers' own steps alone: x̄ obeys x̄ - γ d̄. And Σw is n."""
     for name, of_all in trained.items():
@@ -210,7 +214,6 @@ def test_mass_is_conserved_at_every_step(workers: int, trained: dict[str, list[H
             assert abs(weights - workers) < 1e-12, name
 
 
-@pytest.mark.processes
 def test_doubly_stochastic_weights_need_no_push_sum_and_no_memory(
     workers: int, trained: dict[str, list[History]]
 ) -> None:
@@ -223,7 +226,6 @@ def test_doubly_stochastic_weights_need_no_push_sum_and_no_memory(
         assert history.keeps_numerators == (not plain and workers > 1), name
 
 
-@pytest.mark.processes
 def test_a_step_sends_one_model_to_each_peer(workers: int, trained: dict[str, list[History]]) -> None:
     for name, config in cases(workers).items():
         schedule = topology.make(config.topology, config.mixing).on(workers)
@@ -240,7 +242,6 @@ def counts(schedule: topology.Schedule, rank: int, step: int) -> np.ndarray:
     return np.array([len(plan.sends), len(plan.receives)])
 
 
-@pytest.mark.processes
 def test_drift_is_the_distance_from_the_own_mix(workers: int, trained: dict[str, list[History]]) -> None:
     expected = reference(Gossip("ring"), workers)
     for k in range(STEPS):
@@ -260,11 +261,11 @@ def pickle_copy(simulation: gossip_reference.Gossip) -> gossip_reference.Gossip:
 # Identities -----------------------------------------------------------------------------------------------------------
 
 
-def identities(rank: int) -> dict[str, Any]:
+def identities(workers: Workers) -> dict[str, Any]:
     size = 4
     found: dict[str, Any] = {}
 
-    pure = Trainee(rank, Gossip("one_peer_exponential"), rate=0.0)
+    pure = Trainee(workers, Gossip("one_peer_exponential"), rate=0.0)
     found["pure"] = [(pure.step(), pure.model)[1] for _ in range(2)]
 
     # Complete graph: the models are averaged at every step, as local SGD with a period of one averages them.
@@ -281,11 +282,11 @@ def identities(rank: int) -> dict[str, Any]:
         ),
     }
     for name, algorithms in pairs.items():
-        one, other = (Trainee(rank, algorithm) for algorithm in algorithms)
+        one, other = (Trainee(workers, algorithm) for algorithm in algorithms)
         found[name] = max(abs((one.step(), one.model)[1] - (other.step(), other.model)[1]).max() for _ in range(6))
 
     # What overlap keeps beside the parameters changes nothing when nothing overlaps.
-    plain, kept = Trainee(rank, Gossip("ring")), Trainee(rank, Gossip("ring"))
+    plain, kept = Trainee(workers, Gossip("ring")), Trainee(workers, Gossip("ring"))
     kept.gossip.numerators, kept.gossip._weighted = kept.gossip.layout.snapshot(), True
     found["OSGP with overlap 0 = SGP"] = max(
         abs((plain.step(), plain.model)[1] - (kept.step(), kept.model)[1]).max() for _ in range(6)
@@ -293,9 +294,8 @@ def identities(rank: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.processes
 def test_identities() -> None:
-    found = run(4, identities)
+    found = on(4, identities)
     mean = np.mean([start(rank) for rank in range(4)], axis=0)
     for rank in range(4):
         first, second = found[rank].pop("pure")
@@ -309,17 +309,16 @@ AGREEING = {name: Gossip(name) for name in ("ring", "star", "one_peer_exponentia
 AGREEING |= {"irregular": Gossip(irregular(5)), "dpsgd": PRESETS["dpsgd"]}
 
 
-def agree(rank: int) -> dict[str, np.ndarray]:
+def agree(workers: Workers) -> dict[str, np.ndarray]:
     found = {}
     for name, algorithm in AGREEING.items():
-        worker = Trainee(rank, algorithm, rate=0.0)
+        worker = Trainee(workers, algorithm, rate=0.0)
         found[name] = np.array([(worker.step(), worker.model)[1] for _ in range(18)])
     return found
 
 
-@pytest.mark.processes
 def test_workers_agree_as_fast_as_the_spectral_gap_predicts() -> None:
-    by_rank = run(5, agree)
+    by_rank = on(5, agree)
     mean = np.mean([start(rank) for rank in range(5)], axis=0)
     for name, config in AGREEING.items():
         distance = np.linalg.norm([found[name] - mean for found in by_rank], axis=(0, 2))
@@ -343,11 +342,10 @@ SLOW = {
 }
 
 
-@pytest.mark.processes
 def test_slowmo_over_gossip_averages_all_mass_and_moves_by_lines_7_and_8() -> None:
-    by_rank = run(3, histories, SLOW, 9, True)
+    by_rank = on(3, histories, SLOW, 9, True)
     for name, config in SLOW.items():
-        base = reference(config.base, 3, together=True)
+        base = reference(config.base, 3, alike=True)
         expected = gossip_reference.SlowMo(
             base, config.sync_every, config.slow_momentum, config.slow_lr, config.average
         )
@@ -390,10 +388,10 @@ STATEFUL = {
 }
 
 
-def consensus_and_state(rank: int) -> dict[str, dict[str, Any]]:
+def consensus_and_state(workers: Workers) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, algorithm in STATEFUL.items():
-        alone, watched = Trainee(rank, algorithm), Trainee(rank, algorithm)
+        alone, watched = Trainee(workers, algorithm), Trainee(workers, algorithm)
         result = found[name] = {"same": [], "consensus": [], "total": [], "bytes": []}
         state = b""
         for k in range(7):
@@ -409,7 +407,7 @@ def consensus_and_state(rank: int) -> dict[str, dict[str, Any]]:
                     torch.save(states, buffer)
                     state = buffer.getvalue()
             result["same"].append((alone.model == watched.model).all() and (alone.total() == watched.total()).all())
-        resumed = Trainee(rank, algorithm)
+        resumed = Trainee(workers, algorithm)
         shared, local, optimizer = torch.load(io.BytesIO(state), weights_only=True)
         resumed.optimizer.load_state_dict(optimizer)
         resumed.engine.load_shared_state(shared)
@@ -427,9 +425,8 @@ def consensus_and_state(rank: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.processes
 def test_a_look_at_the_consensus_changes_nothing_and_resume_is_bit_exact() -> None:
-    by_rank = run(3, consensus_and_state)
+    by_rank = on(3, consensus_and_state)
     for name in STATEFUL:
         results = [found[name] for found in by_rank]
         for result in results:
@@ -445,20 +442,20 @@ def test_a_look_at_the_consensus_changes_nothing_and_resume_is_bit_exact() -> No
         assert all((result["end"] == results[0]["end"]).all() for result in results)
 
 
-def uneven_join_and_poison(rank: int) -> dict[str, Any]:
+def uneven_join_and_poison(workers: Workers) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     # The inputs of worker 1 end two steps early: it waits, and its model goes on being mixed.
     for name, algorithm in {"sgp": Gossip(), "late": Gossip(irregular(3), overlap=1)}.items():
-        worker = Trainee(rank, algorithm, momentum=0.0)
-        for _ in range(3 if rank == 1 else 5):
+        worker = Trainee(workers, algorithm, momentum=0.0)
+        for _ in range(3 if workers.rank == 1 else 5):
             worker.step()
         worker.engine.meet(Reason.EPOCH_START)
         found[f"uneven {name}"] = worker.total(), worker.gossip.step
         worker.engine.finish()
 
     # A parameter that was frozen joins while messages are in flight.
-    worker = Trainee(rank, Gossip(irregular(3), overlap=2), rate=0.0)
+    worker = Trainee(workers, Gossip(irregular(3), overlap=2), rate=0.0)
     joining = torch.nn.Parameter(torch.full((9,), 2.5, dtype=torch.float64), requires_grad=False)
     worker.optimizer.add_param_group({"params": [joining]})
     for _ in range(3):
@@ -478,18 +475,18 @@ def uneven_join_and_poison(rank: int) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        worker = Trainee(rank, Gossip(irregular(3), overlap=1), rate=0.0, on_nonfinite="skip")
+        worker = Trainee(workers, Gossip(irregular(3), overlap=1), rate=0.0, on_nonfinite="skip")
         for _ in range(3):
             worker.step()
         before, weight = worker.total(), worker.gossip.weights + worker.gossip.in_flight[0].weights
-        worker.step(spoil if rank == 1 else None)
+        worker.step(spoil if workers.rank == 1 else None)
     found["poison"] = before, weight, worker.model, (worker.gossip.weights == 1).all()
     worker.step()
 
     # Half-precision parameters: mass is kept in float32, though each model is rounded.
     half = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
-    engine = Engine(Gossip(irregular(3)), [torch.optim.SGD([half], 0.0)], Workers.from_world())
-    half.data.fill_(1.0 + rank)
+    engine = Engine(Gossip(irregular(3)), [torch.optim.SGD([half], 0.0)], workers)
+    half.data.fill_(1.0 + workers.rank)
     engine.units[0].moved()
     for _ in range(10):
         engine.after_step()
@@ -499,9 +496,8 @@ def uneven_join_and_poison(rank: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.processes
 def test_uneven_inputs_joining_parameters_poison_and_half_precision() -> None:
-    found = run(3, uneven_join_and_poison)
+    found = on(3, uneven_join_and_poison)
     for name in ("uneven sgp", "uneven late"):
         assert [by[name][1] for by in found] == [5, 5, 5]
         assert np.isfinite([by[name][0] for by in found]).all()
@@ -525,22 +521,20 @@ def test_uneven_inputs_joining_parameters_poison_and_half_precision() -> None:
         assert model[0] == 2.0
 
 
-def differ(rank: int) -> None:
-    Trainee(rank, Gossip("ring" if rank else "star"))
+def differ(workers: Workers) -> None:
+    Trainee(workers, Gossip("ring" if workers.rank else "star"))
 
 
-def load_other(rank: int) -> None:
-    saved = Trainee(rank, Gossip(overlap=1)).engine.local_state()
-    Trainee(rank, Gossip()).engine.load_local_state(saved)
+def load_other(workers: Workers) -> None:
+    saved = Trainee(workers, Gossip(overlap=1)).engine.local_state()
+    Trainee(workers, Gossip()).engine.load_local_state(saved)
 
 
-@pytest.mark.processes
-def test_what_does_not_fit_is_refused_on_all_workers() -> None:
-    for text in run(2, differ, expect_failure=True):
-        assert "The algorithm differs between workers" in text
-        assert "'star'" in text
-    for text in run(2, load_other, expect_failure=True):
-        assert "Resume with the same topology, overlap and order" in text
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(SyncError, match=r"The algorithm differs between workers: rank 0 has .*'star'"):
+        on(2, differ)
+    with pytest.raises(ValueError, match="Resume with the same topology, overlap and order"):
+        on(2, load_other)
 
 
 # Configuration --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,8 +103,8 @@ FAULTS = (
 FREEZE_TIMEOUT = timedelta(seconds=3)
 """``sync_timeout`` where a worker freezes for ever."""
 
-DISK_BYTES = 64 * 1024
-"""Size of the disk that gets full: room for the first epoch's checkpoint, and for hardly more."""
+DISK_BYTES = 1024 * 1024
+"""Size of the disk that gets full, of which the victim leaves less than the next checkpoint needs."""
 
 DAMAGES = ("flip", "truncate", "remove")
 
@@ -158,10 +159,12 @@ class Scenario:
 class Strike(Callback):
     """The scenario's fault, if it is one that happens while the Trainer runs."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, folder: str) -> None:
         self.fault = scenario.fault
         self.victim = scenario.victim
         self.step = scenario.step
+        self.place = scenario.place
+        self.folder = folder
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Strike the victim before it trains."""
@@ -195,6 +198,9 @@ class Strike(Callback):
         elif kind == "NaN":
             with torch.no_grad():
                 next(module.parameters()).fill_(float("nan"))
+        elif kind == "full disk":
+            left = int(self.place[0] * 8 * 1024)  # a checkpoint takes more, so that a part of it is written
+            Path(self.folder, "filler").write_bytes(bytes(shutil.disk_usage(self.folder).free - left))
 
 
 class Validated(Regression):
@@ -218,7 +224,7 @@ def train(rank: int, scenario: Scenario, folder: str, resume: str | None = None)
     module = Validated(lr=0.02, seed=1 + rank * (scenario.fault == "unequal start"), **optimizer)
     callbacks: list[Callback] = [ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)]
     if resume is None:
-        callbacks.append(Strike(scenario))
+        callbacks.append(Strike(scenario, folder))
     strategy = SlowMoStrategy(
         ALGORITHMS[scenario.algorithm],
         workers_per_node=scenario.per_node,
