@@ -139,7 +139,7 @@ def test_two_workers_of_one_process_do_as_two_processes_to_the_last_bit(workers,
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(1, 2, 3, each=ALL)
+@on_threads(3, each=ALL)
 def test_a_run_goes_on_bit_exactly_from_saved_state(workers, case):
     with small_buckets(workers):
         problem = replace(random_problem(7), rates=CHANGING.rates)
