@@ -15,6 +15,9 @@ extras-docs := docs
 extras-examples := dev,examples
 extras-everything := dev,docs,translation
 
+# Many tests start Python anew: compiled files of the project are kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test oldest translation faults gpu wheel docs docs-test examples lint format clean
 

@@ -40,8 +40,10 @@ def settings(graph, workers, compressor):
     }
 
 
-def distance_after(step, syncs, topology, compressor, workers, mixing, segments):
+def distance_after(step, syncs, topology, compressor, workers, mixing, segments, enough=0.0):
     """How far apart workers are after pure gossip, relative to the start; infinity if ever a thousand times as far.
+
+    It ends early when they are nearer than ``enough``.
 
     Every worker knows nothing of the others at first, and follows the listing with a copy of every estimate.
     """
@@ -57,6 +59,8 @@ def distance_after(step, syncs, topology, compressor, workers, mixing, segments)
         far = float((x - x.mean(0)).norm() / start)
         if not far < 1000:
             return math.inf
+        if far < enough:
+            break
     return far
 
 
@@ -67,7 +71,7 @@ def test_the_suggested_step_brings_all_workers_together(graph, workers, compress
     step = suggest_consensus_step(**given)
     gap = make(graph, given["mixing"]).on(workers).spectral_gap
     assert 0 < step <= 1
-    assert distance_after(step, 200 + math.ceil(8 / (step * gap)), **given) < 0.1
+    assert distance_after(step, 200 + math.ceil(8 / (step * gap)), **given, enough=0.01) < 0.1
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)

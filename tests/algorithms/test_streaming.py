@@ -260,7 +260,7 @@ def test_the_consensus_in_flight_is_the_mean_of_the_corrected_workers(workers):
             assert np.abs(training.values() - flat).max() > 1e-3
 
 
-@on_threads(1, 2, 3)
+@on_threads(1, 3)
 def test_training_goes_on_bit_exactly_from_any_step_of_a_period(workers):
     for algorithm in streaming(workers):
         expected = train(workers, algorithm, CHANGING, MOMENTUM)

@@ -149,7 +149,7 @@ def test_what_is_left_out_is_sent_later_on_both_sides(workers, case):
     assert np.abs(missing).max() > 1e-3
 
 
-@on_threads(2, 4, each=list(TRANSPORTS))
+@on_threads(3, each=list(TRANSPORTS))
 def test_an_unbiased_compressor_makes_an_unbiased_mean(workers, case):
     flat, draws = vector(workers.rank, 64), 300
     exact = everyones(workers, flat).mean(0)

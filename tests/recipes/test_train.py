@@ -139,9 +139,9 @@ def test_as_many_processes_as_devices(devices, accelerator, expected):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """A sweep of two times two runs of two workers, from the command line."""
+    """A sweep of two runs of two workers, from the command line."""
     folder = tmp_path_factory.mktemp("sweep")
-    values = ["seed=1,2", "strategy.algorithm.slow_momentum=0,0.4", "strategy.algorithm.sync_every=2"]
+    values = ["seed=3", "strategy.algorithm.slow_momentum=0,0.4", "strategy.algorithm.sync_every=2"]
     done = command_line(folder, "--multirun", *values, *SHORT, "hydra.sweep.dir=runs")
     assert done.returncode == 0, done.stderr
     return folder / "runs"
@@ -149,17 +149,17 @@ def sweep(tmp_path_factory):
 
 @pytest.mark.processes
 def test_each_run_of_a_sweep_has_its_folder_and_nothing_else(sweep):
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "multirun.yaml"]
-    for folder in map(str, range(4)):
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
+    for folder in ("0", "1"):
         assert {path.name for path in (sweep / folder).iterdir()} == {".hydra", "csv", "result.json", "train.log"}
     assert not (sweep.parent / "outputs").exists()
 
 
 @pytest.mark.processes
 def test_a_sweep_trains_with_what_it_sweeps_over(sweep):
-    records = [Record.read(sweep / str(i)) for i in range(4)]
-    assert [(r.seed, r.slow_momentum) for r in records] == [(1, 0.0), (1, 0.4), (2, 0.0), (2, 0.4)]
-    for record, folder in zip(records, range(4), strict=True):
+    records = [Record.read(sweep / str(i)) for i in range(2)]
+    assert [(r.seed, r.slow_momentum) for r in records] == [(3, 0.0), (3, 0.4)]
+    for record, folder in zip(records, range(2), strict=True):
         overrides = yaml.safe_load((sweep / str(folder) / ".hydra" / "overrides.yaml").read_text())
         assert record.overrides == overrides
         assert (record.label, record.data, record.model, record.experiment) == ("slowmo", "digits", "mlp", None)
@@ -169,8 +169,8 @@ def test_a_sweep_trains_with_what_it_sweeps_over(sweep):
         assert record.ms_per_step == pytest.approx(1000 * record.seconds / 4, abs=0.5)
         # two syncs and the mean for validation and at the end, each of 4 bytes a parameter, and small headers
         assert record.mb_sent == pytest.approx(2 * 4 * record.parameters / 1e6, rel=1.5)
-    losses = [(sweep / str(i) / "csv" / "metrics.csv").read_text() for i in range(4)]
-    assert len(set(losses)) == 4
+    losses = [(sweep / str(i) / "csv" / "metrics.csv").read_text() for i in range(2)]
+    assert len(set(losses)) == 2
 
 
 @pytest.mark.processes

@@ -26,7 +26,9 @@ def launch(command, folder):
 
 
 @pytest.mark.processes
-def test_popen_spawn_fork_and_torchrun_train_the_same_model(tmp_path):
+@pytest.mark.parametrize("spawn", [False, pytest.param(True, marks=pytest.mark.faults)])
+def test_popen_fork_torchrun_and_spawn_train_the_same_model(tmp_path, spawn):
+    """In ``make test`` without spawned processes: each imports Lightning anew, and no launcher takes longer."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", SCRIPT]
     commands = {
         "popen": ["-m", SCRIPT, "slowmo"],
@@ -34,6 +36,8 @@ def test_popen_spawn_fork_and_torchrun_train_the_same_model(tmp_path):
         "fork": ["-m", SCRIPT, "slowmo_fork"],
         "torchrun": [*torchrun, "slowmo"],
     }
+    if not spawn:
+        del commands["spawn"]
     models = {}
     for name, command in commands.items():
         folder = tmp_path / name

@@ -159,6 +159,7 @@ def train_on_digits(rank, size):
     return results
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_digits_are_learned_nearly_as_well_at_equal_steps():
     for results in run_trainers(2, train_on_digits, 2):
