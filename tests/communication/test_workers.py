@@ -201,7 +201,7 @@ def living_on(rank: int, operation: str) -> tuple[str, float, float, int]:
     workers.gather([0.0])
     if rank == 1:
         workers.report_failure("ValueError: on purpose")
-        time.sleep(6)  # it has caught its exception, and lives on
+        time.sleep(4)  # it has caught its exception, and lives on
         return "", 0.0, 0.0, 0
     start, text = time.monotonic(), "no error"
     try:

@@ -58,7 +58,7 @@ def test_it_composes_and_fits_what_it_configures(experiment, tmp_path):
     assert paper.unstated
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", {folder_of(name): name for name in EXPERIMENTS}.values())
 def test_trainer_cpu_puts_it_on_this_machines_processor(experiment, tmp_path):
     trainer = configuration(tmp_path, [f"experiment={experiment}", "trainer=cpu"]).trainer
     assert (trainer.accelerator, trainer.num_nodes, trainer.precision) == ("cpu", 1, "32-true")
