@@ -30,7 +30,21 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_slowmo import BMUF, AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SlowMoStrategy
+from lightning_slowmo import (
+    BMUF,
+    DESLOC,
+    PRESETS,
+    QSR,
+    AllReduce,
+    DiLoCo,
+    Gossip,
+    LocalSGD,
+    NoLoCo,
+    PostLocal,
+    SlowMo,
+    SlowMoStrategy,
+    SparseLoCo,
+)
 from lightning_slowmo.algorithms import Algorithm
 from tests.harness import WorkerFailed, run_trainers
 from tests.trainer.models import Regression, all_finite, data, numbers, trainer
@@ -55,6 +69,13 @@ ALGORITHMS: dict[str, Algorithm | str] = {
     "AllReduce": AllReduce(),
     "SGP": Gossip(),
     "OSGP": Gossip(overlap=1),
+    "SlowMo over OSGP": SlowMo(Gossip(overlap=1), sync_every=8),
+    "SlowMo over D-PSGD": SlowMo(PRESETS["dpsgd"], sync_every=8),
+    "SparseLoCo": SparseLoCo(4),
+    "NoLoCo": NoLoCo(4),
+    "DES-LOC": DESLOC(4, 8, 12),
+    "local SGD after all-reduce": LocalSGD(PostLocal(start=6, every=4)),
+    "SlowMo, quadratic rule": SlowMo(sync_every=QSR(base=3)),
 } | {
     name: name
     for name in (
@@ -63,6 +84,7 @@ ALGORITHMS: dict[str, Algorithm | str] = {
         "qprsgd_gossip",
         "choco_sgd",
         "squarm_sgd",
+        "sparq_sgd",
         "apmsqueeze",
         "sketched_sgd",
         "sensed_sgd",
@@ -70,7 +92,12 @@ ALGORITHMS: dict[str, Algorithm | str] = {
 }
 """What is trained; those with a period shorter than an epoch, so that faults meet syncs."""
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {"apmsqueeze": {"adam": True}, "sketched_sgd": {}, "sensed_sgd": {}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "apmsqueeze": {"adam": True},
+    "DES-LOC": {"adam": True},
+    "sketched_sgd": {},
+    "sensed_sgd": {},
+}
 """The optimizer where it cannot be SGD with momentum, as arguments of the model."""
 
 SHARDED = ("SlowMo", "BMUF", "DiLoCo")
