@@ -188,17 +188,16 @@ class Bucket:
 
     def _paired(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the parameters, and of the pieces of ``flat`` that belong to them."""
-        own, pieces, offset = [], [], 0
-        for parameter, start, stop in self.spans:
-            length = stop - start
-            piece, values = flat[offset : offset + length], self.storage(parameter)
+        own, pieces = [], []
+        for (parameter, start, stop), piece in zip(self.spans, flat.split(self.segments), strict=True):
+            values = self.storage(parameter)
             if is_dense(values):
-                own.append(flat_view(values)[start:stop])
+                whole = flat_view(values)
+                own.append(whole if stop - start == whole.numel() else whole[start:stop])
                 pieces.append(piece)
             else:  # a strided view: never cut, so the bucket holds all of it
                 own.append(values)
                 pieces.append(piece.view(values.shape))
-            offset += length
         return own, pieces
 
 

@@ -33,7 +33,9 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     tensors = [tensor.detach() for tensor in tensors]
-    norms = [norm.double() for norm in foreach_norm(tensors)]
+    norms = foreach_norm(tensors)
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
     if torch.stack(norms).isfinite().all():  # one look, as each of them would make a GPU wait
         return True
     # A norm can overflow though the values do not; looking at each of them is ten times slower, and rare.
