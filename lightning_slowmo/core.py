@@ -71,7 +71,7 @@ class StrategyCore:
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "slowmo",
+        algorithm: Algorithm | str = "slowmo",
         sync_timeout: timedelta | float = DEFAULT_TIMEOUT,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         workers_per_node: PerNode | None = None,

@@ -54,7 +54,7 @@ class ShardedCore(StrategyCore):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "slowmo",
+        algorithm: Algorithm | str = "slowmo",
         workers: int | None = None,
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int = 1,

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,9 +38,10 @@ def run(config: DictConfig) -> Record | None:
     """
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)  # the last import of them logs for both
-    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*is deprecated.*")
-    for category in (DeprecationWarning, FutureWarning):  # libraries' news for their own authors
-        warnings.filterwarnings("ignore", category=category)
+    if not sys.warnoptions:  # `python -W default` shows all
+        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*is deprecated.*")
+        for category in (DeprecationWarning, FutureWarning):  # news for the libraries' authors
+            warnings.filterwarnings("ignore", category=category)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
     model = instantiate(

@@ -5,7 +5,7 @@ the common point, D_i = x - x_i after the local steps of worker i, and Q of 2 bi
 
     e_i = beta e_i + D_i;    q_i = Q(TopK_chunk(e_i));    e_i = e_i - q_i;    x = x - eta mean_i q_i
 
-``docs/outer_loops.md`` lists which details are choices of ours.
+``docs/algorithms/sparse_loco.md`` lists which details are choices of ours.
 """
 
 from __future__ import annotations

@@ -45,8 +45,10 @@ class Compressor(ABC):
     A subclass says what its payload is made of (:meth:`layout`), fills those fields and reads them. The size of a
     payload is therefore known before there are any values, and a receiver can prepare its buffers.
 
-    The vector is made of consecutive ``segments``, one for each tensor, some of which may be empty. Arithmetic and the
-    scales on the wire are float32, or float64 for a float64 vector.
+    The vector is made of consecutive ``segments``, one for each tensor, some of which may be empty. Algorithms pass a
+    bucket of the model or a worker's chunk of one, in which a large tensor has a part alone: what is said of a tensor
+    (its scale, its largest elements) holds for each of these parts. Arithmetic and the scales on the wire are float32,
+    or float64 for a float64 vector.
     """
 
     @property

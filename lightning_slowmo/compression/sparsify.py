@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ class SignTopK(TopK):
         (arXiv 2005.07041).
     """
 
-    values: Compressor = field(default_factory=Sign, init=False)
+    values: ClassVar[Compressor] = Sign()  # type: ignore[misc]  # no argument, and so no attribute of an instance
 
     def contraction(self, length: int) -> float | None:
         """``min(1 / k, k / d)``: the worst cases are one large element and equal elements."""
@@ -187,7 +188,7 @@ class ChunkedTopK(TopK):
         SparseLoCo (arXiv 2508.15706), whose code cuts matrices into blocks of 64 x 64, which are 4096 elements as well.
     """
 
-    fraction: float = field(default=1.0, init=False)
+    fraction: ClassVar[float] = 1.0  # type: ignore[misc]  # no argument: ``k`` says how many
     k: int | None = 64
     values: Compressor = field(default_factory=Bins)
     chunk: int = 4096

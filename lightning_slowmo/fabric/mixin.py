@@ -75,7 +75,7 @@ class SlowMoFabricMixin(CollectivesMixin, CheckpointsMixin):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "slowmo",
+        algorithm: Algorithm | str = "slowmo",
         sync_timeout: timedelta | float | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         workers_per_node: int | Literal["all"] | None = None,

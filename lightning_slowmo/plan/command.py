@@ -22,7 +22,7 @@ from lightning_slowmo.plan.model import Prediction
 from lightning_slowmo.plan.units import parse_bandwidth, parse_count, parse_seconds, shapes_of
 
 LATENCY = 2e-4
-"""Seconds of a message where ``--latency`` is not given."""
+"""Seconds of a short message, there and back, where ``--latency`` is not given."""
 
 Setting = tuple[list[tuple[int, ...]], float, Link, int]
 """Shapes of the parameters, seconds of a step, the link, and the number of workers."""
@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--step-ms", type=float, help="milliseconds of a training step on one worker alone")
     arguments.add_argument("--workers", type=int, help="how many; with --measure, as many as are running by default")
     arguments.add_argument("--bandwidth", type=checked(parse_bandwidth), help="of each worker's link, such as 1gbit")
-    arguments.add_argument("--latency", type=checked(parse_seconds), help="of a message, such as 0.2ms (default) or 0")
+    arguments.add_argument(
+        "--latency", type=checked(parse_seconds), help="the round trip that ping shows, such as 0.2ms (default) or 0"
+    )
     arguments.add_argument("--sync-every", type=int, help="steps between averages, for presets that wait 12 or more")
     arguments.add_argument("--bucket-cap-mb", type=float, help="size of messages in MiB, as the strategy's option")
     arguments.add_argument(

@@ -100,7 +100,7 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "slowmo",
+        algorithm: Algorithm | str = "slowmo",
         workers: int | None = None,
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int = 1,

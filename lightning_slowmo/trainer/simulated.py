@@ -72,7 +72,7 @@ class SimulatedMixin(SimulatedState):
 
     def __init__(
         self,
-        algorithm: str | Algorithm = "slowmo",
+        algorithm: Algorithm | str = "slowmo",
         workers: int | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         offload_slow_state: Literal["cpu"] | None = None,

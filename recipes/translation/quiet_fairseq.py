@@ -7,6 +7,7 @@ which Hydra would from then on, in the second run of a sweep, validate files of 
 
 import copy
 import logging
+import sys
 import warnings
 
 from hydra.core.config_store import ConfigStore
@@ -19,8 +20,9 @@ _handlers, _level = list(_root.handlers), _root.level
 _store = ConfigStore.instance()
 _stored = copy.deepcopy(_store.repo)
 try:
-    with warnings.catch_warnings():  # deprecated calls of fairseq's own, once in each process
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():  # deprecated calls of fairseq's own, of which who translates can do nothing
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
         import fairseq
         import fairseq_cli.preprocess
         import sacrebleu

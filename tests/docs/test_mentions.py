@@ -5,11 +5,13 @@ import itertools
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
 import lightning_slowmo
+from lightning_slowmo import compression, topology
 from tests.docs.pages import PAGES, ROOT, Block, blocks_of, commands_in_prose, prose, words_of
 
 LANGUAGES = {"python", "bash", "console", "yaml", "ini", "text", "diff", ""}
@@ -95,6 +97,36 @@ def test_messages_that_the_page_on_trouble_quotes_are_those_of_the_code():
     assert len(quoted) > 10
     pieces = {piece.strip(" .:,") for text in quoted for piece in text.split("...")}
     assert not [piece for piece in pieces if len(piece) > 3 and not any(piece in text for text in known)]
+
+
+def pages_of(menu: list | dict | str) -> list[str]:
+    """The files that a menu of the site leads to."""
+    if isinstance(menu, str):
+        return [menu]
+    return [page for entry in (menu.values() if isinstance(menu, dict) else menu) for page in pages_of(entry)]
+
+
+def test_every_page_is_on_the_menu_of_the_site():
+    menu = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    docs = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert not docs - set(menu)
+    assert len(menu) == len(set(menu))
+
+
+def test_every_preset_has_a_page_with_the_code_of_its_equations():
+    index = (ROOT / "docs" / "algorithms" / "index.md").read_text()
+    rows = re.findall(r"^\| \[[^]]+\]\((\w+\.md)\) \| ((?:`\w+`(?:, )?)+) \|", index, flags=re.M)
+    paged = {name for _, names in rows for name in re.findall(r"\w+", names)}
+    assert paged == set(lightning_slowmo.PRESETS)
+    for page, _ in rows:
+        assert "<!-- source: " in (ROOT / "docs" / "algorithms" / page).read_text(), page
+
+
+@pytest.mark.parametrize("module", [lightning_slowmo, compression, topology], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(module: ModuleType):
+    reference = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    names = set(module.__all__) - {"__version__"}
+    assert not [name for name in names if not re.search(rf"lightning_slowmo[\w.]*\.{name}\b", reference)]
 
 
 def test_what_is_not_there_would_be_seen():

@@ -5,7 +5,8 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
-from lightning_slowmo import DiLoCo, LocalSGD, SlowMo, SlowMoStrategy
+from lightning_slowmo import DiLoCo, LocalSGD, SlowMo, SlowMoStrategy, SparseLoCo, SQuARM
+from lightning_slowmo.compression import SignTopK
 from tests.trainer.models import Regression, data
 
 NESTED = """
@@ -44,6 +45,20 @@ def cli(*arguments):
         (["--trainer.strategy=diloco_spawn"], DiLoCo()),
         (["--trainer.strategy.class_path=lightning_slowmo.SlowMoStrategy"], SlowMo()),
         (["--trainer.strategy=lightning_slowmo.SlowMoStrategy", "--trainer.strategy.algorithm=diloco"], DiLoCo()),
+        (["--trainer.strategy=lightning_slowmo.SlowMoStrategy", "--trainer.strategy.algorithm=SQuARM"], SQuARM()),
+        (
+            ["--trainer.strategy=lightning_slowmo.SlowMoStrategy", "--trainer.strategy.algorithm=SparseLoCo"],
+            SparseLoCo(),
+        ),
+        (
+            [
+                "--trainer.strategy=lightning_slowmo.SlowMoStrategy",
+                "--trainer.strategy.algorithm=lightning_slowmo.SQuARM",
+                "--trainer.strategy.algorithm.compressor=lightning_slowmo.compression.SignTopK",
+                "--trainer.strategy.algorithm.compressor.fraction=0.1",
+            ],
+            SQuARM(compressor=SignTopK(0.1)),
+        ),
         (
             [
                 "--trainer.strategy=lightning_slowmo.SlowMoStrategy",

@@ -39,9 +39,8 @@ def test_flags_yaml_and_hydra_give_the_schedule_to_every_algorithm(name, tmp_pat
         flags = [f"--trainer.strategy.algorithm=lightning_slowmo.{kind.__name__}"]
         value = json.dumps({"class_path": f"lightning_slowmo.{name}", "init_args": arguments})
         flags += [f"--trainer.strategy.algorithm.sync_every={value}"]
-        if kind is not SQuARM:  # of whose default compressor, with one inside, LightningCLI makes a dictionary
-            strategy = cli("--trainer.strategy=lightning_slowmo.SlowMoStrategy", *flags).trainer.strategy
-            assert strategy.algorithm == kind(sync_every=schedule)
+        strategy = cli("--trainer.strategy=lightning_slowmo.SlowMoStrategy", *flags).trainer.strategy
+        assert strategy.algorithm == kind(sync_every=schedule)
         target = {"_target_": f"lightning_slowmo.{kind.__name__}"}
         config = target | {"sync_every": {"_target_": f"lightning_slowmo.{name}"} | arguments}
         assert hydra.utils.instantiate(config) == kind(sync_every=schedule)
