@@ -8,7 +8,7 @@ A test of this kind is written as a function of this process's :class:`Workers`:
 pytest sees it as one test per number of workers. Starting processes is the expensive part, so all the tests of a module
 at one number of workers run in the same processes, one after the other, each with process groups of its own.
 
-Where processes are not the point, :func:`on_threads` runs the same kind of test on workers of this process.
+Where processes are not the point, :func:`taking_turns` runs the same kind of test on workers of this process.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def on_workers(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Ca
     return decorate
 
 
-def on_threads(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Callable]:
+def taking_turns(*sizes: int, each: Sequence[Any] = ()) -> Callable[[Callable], Callable]:
     """As :func:`on_workers`, in this process, where workers take turns; so the test must leave global state alone."""
 
     def decorate(function: Callable) -> Callable:

@@ -43,7 +43,7 @@ from tests.algorithms.training import (
     random_problem,
     small_buckets,
 )
-from tests.on_workers import TIMEOUT, on_threads, on_workers
+from tests.on_workers import TIMEOUT, on_workers, taking_turns
 
 VARIANTS = {
     "local_sgd, overlapped": LocalSGD(6, overlap=2),
@@ -129,9 +129,9 @@ def test_two_workers_of_one_process_do_as_two_processes_to_the_last_bit(workers,
     with small_buckets(workers):
         own = training(workers, case).trajectory()
 
-    def inside(threads):
-        with small_buckets(threads):
-            return training(threads, case).trajectory()
+    def inside(one_of_two):
+        with small_buckets(one_of_two):
+            return training(one_of_two, case).trajectory()
 
     np.testing.assert_array_equal(together(in_process(2, TIMEOUT), inside)[workers.rank], own)
 
@@ -139,7 +139,7 @@ def test_two_workers_of_one_process_do_as_two_processes_to_the_last_bit(workers,
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(3, each=ALL)
+@taking_turns(3, each=ALL)
 def test_a_run_goes_on_bit_exactly_from_saved_state(workers, case):
     with small_buckets(workers):
         problem = replace(random_problem(7), rates=CHANGING.rates)
@@ -220,7 +220,7 @@ def test_a_worker_that_joins_gets_model_and_state(name):
 # Uneven inputs --------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2, 3, each=ALL)
+@taking_turns(2, 3, each=ALL)
 def test_workers_with_fewer_steps_wait_and_all_end_with_one_model(workers, case):
     run = training(workers, case)
     run.engine.meet(Reason.EPOCH_START)
@@ -236,7 +236,7 @@ def test_workers_with_fewer_steps_wait_and_all_end_with_one_model(workers, case)
 # Parameters that join -------------------------------------------------------------------------------------------------
 
 
-@on_threads(2, each=ALL)
+@taking_turns(2, each=ALL)
 def test_parameters_that_are_added_or_unfrozen_join_without_a_call(workers, case):
     first, frozen, late = (Parameter(torch.full((size,), 1.0, dtype=torch.float64)) for size in (6, 3, 4))
     frozen.requires_grad_(False)
@@ -270,7 +270,7 @@ def test_parameters_that_are_added_or_unfrozen_join_without_a_call(workers, case
 # Other dtypes ---------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2, each=list(product(ALL, (torch.float32, torch.bfloat16, torch.float16))))
+@taking_turns(2, each=list(product(ALL, (torch.float32, torch.bfloat16, torch.float16))))
 def test_other_dtypes_train_and_end_equal(workers, case):
     name, dtype = case
     run = training(workers, name, dtype=dtype)

@@ -11,7 +11,7 @@ from lightning_slowmo import BMUF, AllReduce, DiLoCo, Engine, LocalSGD, SlowMo, 
 from lightning_slowmo.communication import Header, Reason
 from lightning_slowmo.communication.broadcast import broadcast_tensors
 from tests.algorithms.training import CHANGING, Training, random_problem, same, small_buckets
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 
 class Loop:
@@ -51,7 +51,7 @@ def everywhere(workers, tensors) -> bool:
 # Consensus ------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_the_consensus_is_the_mean_and_leaving_it_restores_every_bit(workers):
     loop = Loop(workers, SlowMo(sync_every=4))
     loop.step(6)
@@ -68,7 +68,7 @@ def test_the_consensus_is_the_mean_and_leaving_it_restores_every_bit(workers):
     assert (workers.size == 1) == everywhere(workers, loop.model.parameters())
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_consensus_inside_a_consensus_changes_nothing_and_stays_until_the_outer_ends(workers):
     loop = Loop(workers, LocalSGD(4))
     loop.step(3)
@@ -85,7 +85,7 @@ def test_a_consensus_inside_a_consensus_changes_nothing_and_stays_until_the_oute
     assert equal(own, loop.values())
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_training_is_bit_identical_with_and_without_visits_to_the_consensus(workers):
     for algorithm in (LocalSGD(4), SlowMo(sync_every=4), BMUF(4), DiLoCo(4)):
         visiting, straight = Loop(workers, algorithm), Loop(workers, algorithm)
@@ -97,7 +97,7 @@ def test_training_is_bit_identical_with_and_without_visits_to_the_consensus(work
         assert equal(visiting.values(), straight.values())
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_finishing_leaves_the_same_model_on_all_workers_in_the_middle_of_a_period(workers):
     loop = Loop(workers, SlowMo(sync_every=4))
     loop.step(6)
@@ -106,7 +106,7 @@ def test_finishing_leaves_the_same_model_on_all_workers_in_the_middle_of_a_perio
     assert everywhere(workers, loop.model.state_dict().values())
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_batchnorm_statistics_are_averaged_and_its_counters_come_from_rank_0(workers):
     loop = Loop(workers, LocalSGD(100))
     loop.step(3 + workers.rank)
@@ -124,7 +124,7 @@ def test_batchnorm_statistics_are_averaged_and_its_counters_come_from_rank_0(wor
 STREAMING = [LocalSGD(4, overlap=3), SlowMo(sync_every=4, overlap=1, fragments=2), DiLoCo(6, overlap=1, fragments=3)]
 
 
-@on_threads(2, 3, each=[SlowMo(sync_every=4), LocalSGD(5), BMUF(3), DiLoCo(7), AllReduce(), *STREAMING])
+@taking_turns(2, 3, each=[SlowMo(sync_every=4), LocalSGD(5), BMUF(3), DiLoCo(7), AllReduce(), *STREAMING])
 def test_workers_with_fewer_batches_wait_at_the_end_of_the_epoch_and_nobody_hangs(workers, case):
     loop = Loop(workers, case)
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_workers_with_fewer_batches_wait_at_the_end_of_the_epoch_and_nobody_hang
     assert all(tensor.isfinite().all() for tensor in loop.model.parameters())
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_worker_weighs_as_many_steps_as_it_took(workers):
     parameter = Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -153,7 +153,7 @@ def test_a_worker_weighs_as_many_steps_as_it_took(workers):
 # Peers' bugs ----------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_with_two_optimizers_and_an_even_period_both_are_averaged(workers):
     """One counter for all optimizers, as Lightning's averager has it, never averages the second."""
     for period in (2, 3, 4):
@@ -171,7 +171,7 @@ def test_with_two_optimizers_and_an_even_period_both_are_averaged(workers):
         assert averaged == [12 // period] * 2
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_parameters_without_gradients_are_averaged_all_the_same(workers):
     """PyTorch's averager skips what zero_grad() has set to None."""
     parameter = Parameter(torch.zeros(3))
@@ -184,7 +184,7 @@ def test_parameters_without_gradients_are_averaged_all_the_same(workers):
     assert parameter.tolist() == [0.5] * 3
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_anchor_is_the_common_start_and_not_the_point_after_the_first_local_step(workers):
     """fairscale takes it too late, and its workers part at the second slow step."""
     parameter = Parameter(torch.ones(1, dtype=torch.float64))
@@ -201,7 +201,7 @@ def test_the_anchor_is_the_common_start_and_not_the_point_after_the_first_local_
     assert everywhere(workers, [parameter])
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_pseudo_gradient_points_downhill(workers):
     """Trajectories of peers went uphill for months."""
     for algorithm in (SlowMo(sync_every=2), BMUF(2), BMUF(2, nesterov=True), DiLoCo(2)):
@@ -217,7 +217,7 @@ def test_the_pseudo_gradient_points_downhill(workers):
             assert parameter.item() < before
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_unequal_initial_models_become_equal_once_they_are_broadcast(workers):
     torch.manual_seed(workers.rank)
     model = nn.Linear(3, 2)
@@ -234,7 +234,7 @@ def test_unequal_initial_models_become_equal_once_they_are_broadcast(workers):
 # State ----------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_state_saved_inside_the_consensus_is_the_workers_own(workers):
     loop, again = Loop(workers, SlowMo(sync_every=4)), Loop(workers, SlowMo(sync_every=4))
     loop.step(6)
@@ -245,7 +245,7 @@ def test_state_saved_inside_the_consensus_is_the_workers_own(workers):
     assert equal(again.values(), own)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_shared_state_is_equal_on_all_workers(workers):
     training = Training(workers, SlowMo(sync_every=4), CHANGING)
     for _ in range(10):
@@ -265,7 +265,7 @@ def test_state_of_another_model_is_refused():
 # The bill -------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_a_sync_is_one_header_and_one_all_reduce_per_bucket_and_a_step_without_one_is_nothing(workers):
     with small_buckets(workers):
         training = Training(workers, SlowMo(sync_every=4), random_problem(3))
@@ -288,7 +288,7 @@ def test_a_sync_is_one_header_and_one_all_reduce_per_bucket_and_a_step_without_o
         assert training.engine.total.count == 2
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_sixty_four_steps_of_period_sixteen_are_four_syncs_and_an_end(workers):
     parameter = Parameter(torch.zeros(10))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
@@ -305,7 +305,7 @@ def test_sixty_four_steps_of_period_sixteen_are_four_syncs_and_an_end(workers):
     assert (used.headers, used.collectives) == (4 + 1, 4 + 1)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_report_tells_drift_relative_to_the_mean(workers):
     parameter = Parameter(torch.zeros(4))
     engine = Engine(LocalSGD(1), [torch.optim.SGD([parameter], lr=0.1)], workers)
@@ -318,7 +318,7 @@ def test_the_report_tells_drift_relative_to_the_mean(workers):
     assert engine.after_step().drift == 0
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_wish_to_stop_reaches_everybody_with_the_next_header(workers):
     loop = Loop(workers, LocalSGD(2))
     loop.engine.stop = workers.rank == 1
@@ -332,7 +332,7 @@ def test_a_wish_to_stop_reaches_everybody_with_the_next_header(workers):
 # Workers that do not fit together -------------------------------------------------------------------------------------
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_unequal_algorithms_are_refused_on_every_rank(workers):
     parameter = Parameter(torch.zeros(3))
     last = workers.size - 1
@@ -340,7 +340,7 @@ def test_unequal_algorithms_are_refused_on_every_rank(workers):
         Engine(LocalSGD(7 if workers.rank == last else 8), [torch.optim.SGD([parameter], lr=0.1)], workers)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_unequal_models_are_refused_on_every_rank(workers):
     rank = workers.rank
     pairs = [
@@ -354,7 +354,7 @@ def test_unequal_models_are_refused_on_every_rank(workers):
             Engine(SlowMo(), [torch.optim.SGD(parameters, lr=0.1)], workers)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_one_workers_nan_is_an_error_on_all_or_is_left_out(workers):
     def nan_on_rank_1(policy):
         parameter = Parameter(torch.full((3,), 2.0))

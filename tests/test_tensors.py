@@ -17,7 +17,7 @@ from lightning_slowmo.compression import QSGD
 from lightning_slowmo.consistency import start_equal
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.tensors import checksum, refusal
-from tests.on_workers import TIMEOUT, on_threads
+from tests.on_workers import TIMEOUT, taking_turns
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 PLAIN = partial(torch.optim.SGD, lr=0.1)
@@ -91,7 +91,7 @@ def often(algorithm):
 CASES = {name: SPECIAL.get(name, (often(algorithm), SGD)) for name, algorithm in PRESETS.items()} | OTHERS
 
 
-@on_threads(2, 3, each=list(CASES))
+@taking_turns(2, 3, each=list(CASES))
 def test_complex_parameters_are_trained_as_the_pairs_of_reals_that_they_are(workers, case):
     algorithm, optimizer = CASES[case]
     complex_ones, pairs = (Complex(workers, algorithm, optimizer, as_pairs) for as_pairs in (False, True))
@@ -108,7 +108,7 @@ def test_complex_parameters_are_trained_as_the_pairs_of_reals_that_they_are(work
     assert (spread == spread[0]).all()
 
 
-@on_threads(2, each=list(CASES))
+@taking_turns(2, each=list(CASES))
 def test_training_on_complex_parameters_goes_on_bit_exactly_from_saved_state(workers, case):
     algorithm, optimizer = CASES[case]
     first, second = (Complex(workers, algorithm, optimizer, False) for _ in range(2))
@@ -165,7 +165,7 @@ def bits(tensor):
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-@on_threads(2, 3, each=list(BUFFERS))
+@taking_turns(2, 3, each=list(BUFFERS))
 def test_a_persistent_buffer_of_each_dtype_is_averaged_or_worker_0s_and_comes_back_bit_for_bit(workers, case):
     module = nn.Linear(1, 1)
     module.register_buffer("state", numbers(case, workers.rank))
@@ -186,7 +186,7 @@ def test_a_persistent_buffer_of_each_dtype_is_averaged_or_worker_0s_and_comes_ba
     assert all(row == spread[0] for row in spread)
 
 
-@on_threads(2, 3, each=list(BUFFERS))
+@taking_turns(2, 3, each=list(BUFFERS))
 def test_a_frozen_parameter_of_each_dtype_keeps_its_bits_until_it_is_seen_to_change(workers, case):
     module = nn.Linear(1, 1)
     module.frozen = Parameter(numbers(case, 0), requires_grad=False)
@@ -202,7 +202,7 @@ def test_a_frozen_parameter_of_each_dtype_keeps_its_bits_until_it_is_seen_to_cha
     assert torch.equal(bits(module.frozen), bits(numbers(case, workers.rank)))
 
 
-@on_threads(2, 3, each=[dtype for dtype, what in BUFFERS.items() if what == AVERAGED])
+@taking_turns(2, 3, each=[dtype for dtype, what in BUFFERS.items() if what == AVERAGED])
 def test_trained_parameters_of_each_dtype_of_16_bits_or_more_are_averaged(workers, case):
     parameter = Parameter(numbers(case, 0))
     engine = Engine(SlowMo(LocalSGD(), sync_every=1, slow_momentum=0.0), [PLAIN([parameter])], workers)
@@ -296,7 +296,7 @@ def model_with(name, tensor, persistent=True):
     return module
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_buffers_that_are_not_persistent_stay_local_whatever_their_shapes(workers):
     module = model_with("cache", torch.full((1 + workers.rank,), float(workers.rank)), persistent=False)
     start_equal(module, workers)
@@ -310,7 +310,7 @@ def test_buffers_that_are_not_persistent_stay_local_whatever_their_shapes(worker
     assert module[1].cache.tolist() == [workers.rank] * (1 + workers.rank)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_local_buffers_of_one_shape_start_from_those_of_rank_0(workers):
     module = model_with("features", torch.full((2,), float(workers.rank)), persistent=False)
     start_equal(module, workers)
@@ -353,7 +353,7 @@ def test_a_persistent_buffer_that_one_worker_lacks_is_an_error_on_all():
         assert "rank 0 has none, rank 1 has float32[1] as 0.extra in Linear (0)" in text
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_buffers_come_back_by_name_whatever_validation_did_to_them(workers):
     module = model_with("bound", torch.full((2,), float(workers.rank)))
     body = module[1]
@@ -378,7 +378,7 @@ def test_buffers_come_back_by_name_whatever_validation_did_to_them(workers):
     assert body.deleted.tolist() == [mean, mean]
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_buffers_are_saved_and_loaded_by_name_and_lists_of_older_checkpoints_too(workers):
     def make():
         module = model_with("queue", torch.full((3,), 7.0))
@@ -423,7 +423,7 @@ def pruned(workers, different):
     return module, engine
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_equal_masks_stay_binary_bit_for_bit(workers):
     module, engine = pruned(workers, different=False)
     prune.l1_unstructured(module[0], "weight", 0.5)
@@ -446,7 +446,7 @@ def test_masks_that_differ_are_an_error_on_all_that_says_how_to_prune(size):
         assert "trainer.strategy.consensus()" in text
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_pruning_inside_the_consensus_gives_all_workers_one_mask_each_time(workers):
     module, engine = pruned(workers, different=True)
     own = module[0].weight.clone()
@@ -462,7 +462,7 @@ def test_pruning_inside_the_consensus_gives_all_workers_one_mask_each_time(worke
     assert module[0].weight_mask.sum() == 4
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_what_is_binary_on_one_worker_only_or_has_no_parameters_shape_is_no_mask(workers):
     module = nn.Linear(2, 2)
     module.register_buffer("statistics", torch.full((2,), 1.0 if workers.rank else 3.0))
@@ -491,7 +491,7 @@ def test_checksums_of_masks_see_single_bits_and_swaps():
 PARAMETRIZED = [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
 
 
-@on_threads(2, 3, each=PARAMETRIZED)
+@taking_turns(2, 3, each=PARAMETRIZED)
 def test_parametrized_weights_are_trained_and_end_equal(workers, case):
     module = case(nn.Linear(4, 4))
     start_equal(module, workers)
@@ -551,26 +551,26 @@ SKETCHES = {"SketchedSGD": SketchedSGD(uncompressed_below=10), "small SketchedSG
 SKETCHES |= {"SensedSGD": SensedSGD(uncompressed_below=10)}
 
 
-@on_threads(2, 3, each=list(GRADIENTS | SKETCHES))
+@taking_turns(2, 3, each=list(GRADIENTS | SKETCHES))
 def test_sparse_gradients_are_exchanged_as_dense_ones_are(workers, case):
     algorithm = (GRADIENTS | SKETCHES)[case]
     dense = embedding(workers, algorithm, PLAIN, sparse=False)
     torch.testing.assert_close(embedding(workers, algorithm, PLAIN, sparse=True), dense, rtol=0, atol=1e-12)
 
 
-@on_threads(2, 3, each=[torch.bfloat16, torch.float32])
+@taking_turns(2, 3, each=[torch.bfloat16, torch.float32])
 def test_sparse_gradients_of_other_dtypes_are_exchanged_too(workers, case):
     dense, sparse = (embedding(workers, AllReduce(), PLAIN, sparse, 3, case) for sparse in (False, True))
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-2 if case is torch.bfloat16 else 1e-6)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_a_gradient_that_is_dense_on_one_worker_is_exchanged_dense(workers):
     dense, sparse = (embedding(workers, AllReduce(), PLAIN, sparse, tied=True) for sparse in (False, True))
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_sparse_adam_steps_on_the_rows_that_any_worker_has_and_keeps_all_equal(workers):
     adam = partial(torch.optim.SparseAdam, lr=0.1)
     trained = embedding(workers, AllReduce(), adam, sparse=True, idle=1)
@@ -587,7 +587,7 @@ LOCAL = {
 }
 
 
-@on_threads(2, 3, each=list(LOCAL))
+@taking_turns(2, 3, each=list(LOCAL))
 def test_local_algorithms_do_not_mind_sparse_gradients(workers, case):
     for optimizer in (PLAIN, partial(torch.optim.SparseAdam, lr=0.1), partial(torch.optim.Adagrad, lr=0.1)):
         trained = embedding(workers, often(LOCAL[case]), optimizer, sparse=True)

@@ -42,7 +42,7 @@ from lightning_slowmo.traffic import (
     syncs,
     together,
 )
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 SHAPES = [(200, 61), (61,), (0, 4), (61, 100), (100,), ()]
 BIG = [(1200, 1000), (3,), (700, 1000)]
@@ -106,7 +106,7 @@ def trained(workers: Workers, algorithm: Algorithm, shapes: list) -> tuple[Engin
     return engine, sum(row[0] for row in workers.gather([sent])) / workers.size / STEPS
 
 
-@on_threads(2, 3, each=[*PRESETS, *OTHERS])
+@taking_turns(2, 3, each=[*PRESETS, *OTHERS])
 def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Workers, name: str) -> None:
     algorithm = configured(name)
     engine, counted = trained(workers, algorithm, SHAPES)
@@ -121,7 +121,7 @@ def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Worker
     assert 4 * state_numel(algorithm, layout, workers.size) == pytest.approx(kept, rel=0.02)
 
 
-@on_threads(2, each=["slowmo", "qprsgd", "squarm_sgd", "sgp"])
+@taking_turns(2, each=["slowmo", "qprsgd", "squarm_sgd", "sgp"])
 def test_predicted_bytes_hold_for_large_parameters(workers: Workers, name: str) -> None:
     algorithm = at_period(PRESETS[name], 15)
     _, counted = trained(workers, algorithm, BIG)

@@ -6,7 +6,6 @@ The SlowMo paper's AR-SGD and AR-Adam, and a base for tests: it makes the models
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ NO_GRADIENT, DENSE, SPARSE = 0.0, 1.0, 2.0
 class AllReduce(Algorithm):
     """Average the gradients after every backward pass whose gradients are to be used."""
 
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
     def bind(self, optimizer: Optimizer, workers: Workers) -> Running:
         """Make the running state for one optimizer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -81,10 +81,11 @@ class Algorithm(ABC):
     Subclasses are frozen dataclasses that check their fields in ``__post_init__``.
     """
 
-    is_outer_loop: ClassVar[bool] = False
+    # Without annotations: LightningCLI reads those of a base class in the module of each algorithm.
+    is_outer_loop = False
     """Whether it steps from the mean of the workers; such an algorithm can be no other one's base."""
 
-    elementwise: ClassVar[bool] = False
+    elementwise = False
     """Whether every element of the parameters moves by itself, but for a base or compressor: no norm, scale or choice
     is taken over several. Then processes that hold shards of a model can each run it on theirs."""
 

@@ -14,7 +14,6 @@ W_g <- W_g + zeta G + eta D, which is the same recursion.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -65,8 +64,8 @@ class BMUF(Algorithm):
         ValueError: if an argument is out of its range.
     """
 
-    is_outer_loop: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
+    is_outer_loop = True
+    elementwise = True
 
     sync_every: int | Schedule = 50
     block_momentum: float | None = None

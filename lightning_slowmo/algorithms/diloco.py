@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class DiLoCo(Algorithm):
         ValueError: if an argument is out of its range.
     """
 
-    is_outer_loop: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
+    is_outer_loop = True
+    elementwise = True
 
     sync_every: int | Schedule = 500
     outer_lr: float = 0.7

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Gossip(Algorithm):
         Trainer(strategy=SlowMoStrategy(SlowMo(base=Gossip("one_peer_exponential"), sync_every=48)))
     """
 
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
     topology: Any = "one_peer_exponential"
     push_sum: bool = True

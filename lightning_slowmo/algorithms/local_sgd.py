@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -53,7 +53,7 @@ class LocalSGD(Algorithm):
         Trainer(strategy=SlowMoStrategy(LocalSGD(sync_every=8, overlap=2)))
     """
 
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
     sync_every: int | Schedule = 12
     overlap: int = 0

@@ -17,7 +17,7 @@ rate, which is 0 at the start of many warm-ups::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -94,8 +94,8 @@ class SlowMo(Algorithm):
         Trainer(strategy=SlowMoStrategy(SlowMo(sync_every=12, slow_momentum=0.7)))
     """
 
-    is_outer_loop: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
+    is_outer_loop = True
+    elementwise = True
 
     base: Algorithm | None = None
     sync_every: int | Schedule = 12

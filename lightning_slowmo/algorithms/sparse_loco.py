@@ -11,7 +11,6 @@ the common point, D_i = x - x_i after the local steps of worker i, and Q of 2 bi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,7 +48,7 @@ class SparseLoCo(Algorithm):
         Trainer(strategy=SlowMoStrategy(SparseLoCo(sync_every=30)))
     """
 
-    is_outer_loop: ClassVar[bool] = True
+    is_outer_loop = True
 
     sync_every: int | Schedule = 30
     outer_lr: float = 1.0

@@ -12,7 +12,7 @@ import torch
 from lightning_slowmo import QPRSGD, APMSqueeze, DiLoCo, SlowMo, SQuARM, SyncError, Threshold
 from lightning_slowmo.compression import QSGD, Sign, SignTopK, TopK
 from tests.algorithms.training import CONSTANT, MOMENTUM, Problem, Training
-from tests.on_workers import on_threads, on_workers
+from tests.on_workers import on_workers, taking_turns
 
 THREE_BITS = QSGD(3, norm="max", bucket=64)
 ALGORITHMS = [
@@ -44,7 +44,7 @@ def training_of(workers, algorithm, problem):
     return Training(workers, algorithm, problem, optimizer, torch.float32)
 
 
-@on_threads(1, 3, each=ALGORITHMS)
+@taking_turns(1, 3, each=ALGORITHMS)
 def test_gradients_of_zero_move_nothing_by_a_bit(workers, case):
     training = training_of(workers, case, Problem(CONSTANT.groups, CONSTANT.rates, seed=1, scale=0.0))
     start = training.values()

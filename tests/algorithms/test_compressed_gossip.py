@@ -14,7 +14,7 @@ from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, PLAIN, Training, same, small_buckets, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 NESTEROV = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
 RATES = np.concatenate(
@@ -67,7 +67,7 @@ def listing(workers, period, fraction, gamma, c, zero, momentum=0.9):
     return np.stack(rows), skipped
 
 
-@on_threads(1, 2, 3, 4, each=["model", "zero"])
+@taking_turns(1, 2, 3, 4, each=["model", "zero"])
 def test_it_follows_the_papers_listing(workers, case):
     for period, gamma, c in ((1, 0.2, 0.0), (3, 0.3, 1000.0)):
         squarm = SQuARM("ring", period, TopK(0.3), gamma, Threshold(c), case)
@@ -81,7 +81,7 @@ def test_it_follows_the_papers_listing(workers, case):
             assert 0 < skipped.sum() < workers.size * len(CONSTANT.rates) // period
 
 
-@on_threads(1, 2, 3, 4)
+@taking_turns(1, 2, 3, 4)
 def test_without_compression_and_trigger_it_is_d_psgd_with_local_momentum(workers):
     ours = train(workers, SQuARM("ring", 1, Identity(), 1.0), CHANGING, NESTEROV)
     same(ours, train(workers, Gossip("ring", push_sum=False), CHANGING, NESTEROV))
@@ -89,7 +89,7 @@ def test_without_compression_and_trigger_it_is_d_psgd_with_local_momentum(worker
     same(ours, train(workers, LocalSGD(3), CHANGING, MOMENTUM))
 
 
-@on_threads(1)
+@taking_turns(1)
 def test_one_worker_alone_is_torchs_own_nesterov_sgd(workers):
     parameters = [torch.nn.Parameter(torch.tensor(value)) for value in CHANGING.initial()]
     left = iter(parameters)
@@ -106,7 +106,7 @@ def test_one_worker_alone_is_torchs_own_nesterov_sgd(workers):
         same(train(workers, squarm, CHANGING, NESTEROV), np.stack(rows))
 
 
-@on_threads(2, 4)
+@taking_turns(2, 4)
 def test_a_threshold_of_zero_always_sends(workers):
     """Even when nothing has changed, as with gradients of zero."""
     for problem in (CHANGING, replace(CHANGING, scale=0.0)):
@@ -121,7 +121,7 @@ def test_a_threshold_of_zero_always_sends(workers):
         assert used.sent == syncs * (headers + min(2, workers.size - 1) * payload)
 
 
-@on_threads(1, 3)
+@taking_turns(1, 3)
 def test_nobody_who_is_silent_sends_or_moves(workers):
     """An infinite threshold, or one worker alone: the optimizer's own steps, bit for bit."""
     alone = train(workers, LocalSGD(10**9), CHANGING, NESTEROV)
@@ -146,7 +146,7 @@ ANY = [
 ]
 
 
-@on_threads(2, 3, 4, each=ANY)
+@taking_turns(2, 3, 4, each=ANY)
 def test_gossip_preserves_the_mean_and_estimates_are_what_the_others_have(workers, case):
     training = Training(workers, SQuARM("ring", 1, case, 0.3, Threshold(50.0)), CONSTANT, PLAIN)
     (unit,) = training.engine.units
@@ -162,7 +162,7 @@ def test_gossip_preserves_the_mean_and_estimates_are_what_the_others_have(worker
         np.testing.assert_allclose(mixed, weights @ estimate, rtol=0, atol=1e-12)
 
 
-@on_threads(
+@taking_turns(
     2,
     4,
     each=[

@@ -131,7 +131,7 @@ def trained(size, squarm, problem=DRIFTING):
         training.trajectory()
         return early, distance(workers, training)
 
-    with warnings.catch_warnings(record=True) as caught:  # of all threads
+    with warnings.catch_warnings(record=True) as caught:  # of all workers
         warnings.simplefilter("always")
         (distances, *_) = together(in_process(size, TIMEOUT), train)
     return *distances, [str(warning.message) for warning in caught]

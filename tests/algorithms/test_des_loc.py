@@ -9,7 +9,7 @@ import torch
 from lightning_slowmo import DESLOC, LocalSGD, SlowMo, Workers
 from tests.algorithms import reference
 from tests.algorithms.training import CHANGING, Training, differ, goes_on_bit_exactly, same, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 ADAM = partial(torch.optim.Adam, lr=0.1, betas=(0.9, 0.98))
 
@@ -43,7 +43,7 @@ def listing(problem, workers, every_x, every_u, every_v):
     return np.array(rows)
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_des_loc_follows_its_listing(workers):
     for periods in ((2, None, None), (4, 3, 5), (3, 2, 1)):
         ours = train(workers, DESLOC(*periods), CHANGING, ADAM)
@@ -51,7 +51,7 @@ def test_des_loc_follows_its_listing(workers):
         same(ours, listing(CHANGING, workers.size, *every)[:, workers.rank])
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_at_the_ends_of_its_periods_it_is_local_adam(workers):
     whole = SlowMo(sync_every=4, slow_momentum=0.0, inner_buffers="average")
     same(train(workers, DESLOC(4, 4, 4), CHANGING, ADAM), train(workers, whole, CHANGING, ADAM))
@@ -59,7 +59,7 @@ def test_at_the_ends_of_its_periods_it_is_local_adam(workers):
     differ(train(workers, DESLOC(4, 8, 12), CHANGING, ADAM), train(workers, LocalSGD(4), CHANGING, ADAM))
 
 
-@on_threads(2, each=[5, 7, 9])
+@taking_turns(2, each=[5, 7, 9])
 def test_it_goes_on_between_its_averages_to_the_bit(workers, case):
     goes_on_bit_exactly(lambda: Training(workers, DESLOC(4, 3, 5), CHANGING, ADAM), case)
 

@@ -21,7 +21,7 @@ from tests.algorithms.training import (
     same,
     train,
 )
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 SIZES = (1, 2, 3, 4)
 
@@ -30,7 +30,7 @@ DECAYING = Problem(GROUPS, tuple((0.1 * factor, 0.05 * factor) for factor in FAC
 """All learning rates fall by the same factor, and only between periods of four steps."""
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_slowmo_without_slow_momentum_is_local_sgd_at_any_learning_rate(workers):
     slowmo = SlowMo(sync_every=4, slow_momentum=0.0, slow_lr=1.0, inner_buffers="maintain")
     for optimizer in (PLAIN, MOMENTUM):
@@ -38,7 +38,7 @@ def test_slowmo_without_slow_momentum_is_local_sgd_at_any_learning_rate(workers)
     differ(train(workers, replace(slowmo, slow_momentum=0.5), CHANGING), train(workers, LocalSGD(4), CHANGING))
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_slowmo_at_every_step_is_large_batch_sgd_with_momentum(workers):
     beta, alpha = 0.6, 0.7
     for problem in (CONSTANT, CHANGING):
@@ -47,7 +47,7 @@ def test_slowmo_at_every_step_is_large_batch_sgd_with_momentum(workers):
         same(slowmo, large_batch(scaled, workers.size, partial(torch.optim.SGD, lr=0.1, momentum=beta)))
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_all_reduce_is_training_on_the_mean_gradient(workers):
     adam = partial(torch.optim.Adam, lr=0.1)
     for optimizer in (PLAIN, MOMENTUM, adam):
@@ -68,7 +68,7 @@ def large_batch(problem: Problem, workers: int, optimizer) -> np.ndarray:
     return train(Workers(), LocalSGD(), MeanGradient(**vars(problem)), optimizer)
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_bmuf_is_slowmo_at_a_constant_learning_rate(workers):
     slowmo = SlowMo(sync_every=4, slow_momentum=0.6, slow_lr=0.8)
     bmuf = BMUF(sync_every=4, block_momentum=0.6, block_lr=0.8)
@@ -76,7 +76,7 @@ def test_bmuf_is_slowmo_at_a_constant_learning_rate(workers):
         same(train(workers, bmuf, CONSTANT, optimizer), train(workers, slowmo, CONSTANT, optimizer))
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_bmuf_parts_from_slowmo_when_the_rate_changes_by_the_unscaled_momentum_alone(workers):
     slowmo = train(workers, SlowMo(sync_every=4, slow_momentum=0.6), DECAYING)
     bmuf = BMUF(sync_every=4, block_momentum=0.6)
@@ -91,7 +91,7 @@ def test_bmuf_parts_from_slowmo_when_the_rate_changes_by_the_unscaled_momentum_a
         same(rescaled.values(), slowmo[step])
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_bmuf_keeps_to_its_papers_two_models(workers):
     for nesterov in (False, True):
         bmuf = BMUF(sync_every=4, block_momentum=0.6, block_lr=0.8, nesterov=nesterov)
@@ -99,13 +99,13 @@ def test_bmuf_keeps_to_its_papers_two_models(workers):
         same(train(workers, bmuf, CHANGING), paper[workers.rank])
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_bmuf_by_default_has_the_papers_momentum_of_one_less_the_nth_part(workers):
     explicit = BMUF(sync_every=4, block_momentum=1 - 1 / workers.size)
     same(train(workers, BMUF(sync_every=4), CHANGING), train(workers, explicit, CHANGING))
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_bmuf_averages_during_its_warm_up_and_starts_without_momentum(workers):
     bmuf = BMUF(sync_every=4, block_momentum=0.6, warmup_steps=8)
     warm, cold = train(workers, bmuf, CHANGING), train(workers, LocalSGD(4), CHANGING)
@@ -113,7 +113,7 @@ def test_bmuf_averages_during_its_warm_up_and_starts_without_momentum(workers):
     differ(warm, cold)
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_nesterov_bmuf_is_diloco_with_an_outer_rate_of_one(workers):
     bmuf = BMUF(sync_every=4, block_momentum=0.6, nesterov=True, inner_buffers="maintain")
     diloco = DiLoCo(sync_every=4, outer_lr=1.0, outer_momentum=0.6)
@@ -121,7 +121,7 @@ def test_nesterov_bmuf_is_diloco_with_an_outer_rate_of_one(workers):
         same(train(workers, bmuf, CHANGING, optimizer), train(workers, diloco, CHANGING, optimizer))
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_diloco_is_its_closed_form_and_torchs_nesterov_sgd(workers):
     nesterov = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
     adamw = partial(torch.optim.AdamW, lr=0.1, betas=(0.9, 0.98), weight_decay=0.1)
@@ -131,7 +131,7 @@ def test_diloco_is_its_closed_form_and_torchs_nesterov_sgd(workers):
     same(train(workers, DiLoCo(sync_every=4, outer_optimizer=nesterov), CHANGING, adamw), closed)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_diloco_with_any_outer_optimizer_is_that_optimizer_on_the_outer_gradient(workers):
     outer = partial(torch.optim.Adam, lr=0.05)
 
@@ -154,13 +154,13 @@ def test_diloco_with_any_outer_optimizer_is_that_optimizer_on_the_outer_gradient
     same(train(workers, DiLoCo(sync_every=4, outer_optimizer=outer), CHANGING), expected)
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_diloco_without_momentum_at_an_outer_rate_of_one_is_local_sgd(workers):
     diloco = DiLoCo(sync_every=4, outer_lr=1.0, outer_momentum=0.0)
     same(train(workers, diloco, CHANGING, MOMENTUM), train(workers, LocalSGD(4), CHANGING, MOMENTUM))
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_slowmo_at_a_constant_rate_is_an_outer_sgd_on_the_pseudo_gradient(workers):
     slowmo = SlowMo(sync_every=4, slow_momentum=0.6, slow_lr=0.8, inner_buffers="maintain")
     outer = DiLoCo(sync_every=4, outer_optimizer=partial(torch.optim.SGD, lr=0.8, momentum=0.6))
@@ -169,7 +169,7 @@ def test_slowmo_at_a_constant_rate_is_an_outer_sgd_on_the_pseudo_gradient(worker
     differ(train(workers, slowmo, CHANGING), train(workers, outer, CHANGING))
 
 
-@on_threads(1)
+@taking_turns(1)
 def test_one_worker_without_slow_momentum_is_lookahead(workers):
     alpha = 0.5
     fast, slow, expected = CHANGING.initial(), CHANGING.initial(), []
@@ -183,14 +183,14 @@ def test_one_worker_without_slow_momentum_is_lookahead(workers):
     same(train(workers, SlowMo(sync_every=4, slow_momentum=0.0, slow_lr=alpha), CHANGING), np.stack(expected))
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_workers_with_the_same_data_do_what_one_worker_does(workers):
     shared = replace(CHANGING, shared=True)
     for algorithm in (LocalSGD(4), SlowMo(sync_every=4), BMUF(4, block_momentum=0.5), DiLoCo(4), AllReduce()):
         same(train(workers, algorithm, shared, MOMENTUM), train(Workers(), algorithm, shared, MOMENTUM))
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_after_each_slow_step_all_workers_agree_to_the_last_bit(workers):
     adam = partial(torch.optim.Adam, lr=0.1)
     for algorithm in (SlowMo(sync_every=4), SlowMo(sync_every=4, inner_buffers="average"), BMUF(4), DiLoCo(4)):
@@ -207,7 +207,7 @@ def test_after_each_slow_step_all_workers_agree_to_the_last_bit(workers):
             assert any(run.any() for run in running.momentum)
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_the_papers_u_scales_as_the_gradients_do(workers):
     c = 4.0  # a power of two changes no rounding
     rates = tuple(tuple(rate * c for rate in row) for row in CHANGING.rates)
@@ -225,7 +225,7 @@ def test_the_papers_u_scales_as_the_gradients_do(workers):
         torch.testing.assert_close(b, a / c)
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_a_learning_rate_of_zero_moves_nothing_and_divides_nothing(workers):
     warm = tuple((0.0, 0.0) for _ in range(6)) + CHANGING.rates[6:]
     slowmo = SlowMo(sync_every=4, slow_momentum=0.6)
@@ -237,7 +237,7 @@ def test_a_learning_rate_of_zero_moves_nothing_and_divides_nothing(workers):
     same(trajectory, paper[workers.rank])
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_a_pause_at_rate_zero_decays_the_slow_momentum_and_keeps_its_units(workers):
     paused = CHANGING.rates[:8] + ((0.0, 0.0),) * 4 + tuple((2 * a, 3 * b) for a, b in CHANGING.rates[12:])
     problem = replace(CHANGING, rates=paused)
@@ -247,14 +247,14 @@ def test_a_pause_at_rate_zero_decays_the_slow_momentum_and_keeps_its_units(worke
     same(ours[8:12], np.tile(ours[7], (4, 1)))
 
 
-@on_threads(1, 2, 3, 4)
+@taking_turns(1, 2, 3, 4)
 def test_without_averaging_slow_momentum_of_zero_is_the_base(workers):
     base = LocalSGD(3)
     variant = SlowMo(base, sync_every=4, slow_momentum=0.0, inner_buffers="maintain", average=False)
     same(train(workers, variant, CHANGING, MOMENTUM), train(workers, base, CHANGING, MOMENTUM))
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_without_averaging_the_mean_of_the_workers_obeys_the_slow_step(workers):
     """With a linear inner step, the mean of slow steps is the slow step of the mean."""
     variant = SlowMo(AllReduce(), sync_every=4, slow_momentum=0.6, average=False)
@@ -262,7 +262,7 @@ def test_without_averaging_the_mean_of_the_workers_obeys_the_slow_step(workers):
     same(train(workers, variant, CHANGING), train(workers, exact, CHANGING))
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_the_base_may_average_more_often_than_the_slow_step(workers):
     """Averaging every two steps under a slow step of four: the slow step sees the same pseudo-gradient."""
     both = Training(workers, SlowMo(LocalSGD(2), sync_every=4, slow_momentum=0.0), CHANGING)
@@ -270,7 +270,7 @@ def test_the_base_may_average_more_often_than_the_slow_step(workers):
     assert both.engine.total.count == len(CHANGING.rates) // 2
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_configurations_are_not_changed_by_a_run(workers):
     algorithm = SlowMo(sync_every=4)
     before = copy.deepcopy(algorithm)

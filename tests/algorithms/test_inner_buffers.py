@@ -28,7 +28,7 @@ from tests.algorithms.optimizers import (
     parameters,
     take_step,
 )
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 EVERY = 3
 
@@ -135,7 +135,7 @@ def flat(tensors):
     return [float(x) for tensor in tensors for x in tensor.double().ravel()]
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_parameters_and_their_copies_are_equal_after_a_sync_and_other_buffers_stay(workers):
     for name in ALL:
         run = Run(name, SlowMo(sync_every=EVERY, slow_momentum=0.5, inner_buffers="maintain"), workers)
@@ -149,7 +149,7 @@ def test_parameters_and_their_copies_are_equal_after_a_sync_and_other_buffers_st
             assert norms[0] != norms[1], name
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_averaged_buffers_are_equal_after_a_sync(workers):
     # Not codes; and each worker of LBFGS has as many curvature pairs as it found.
     for name in sorted(ALL.keys() - {"EightBitMomentum", "LBFGS"}):
@@ -328,7 +328,7 @@ def test_a_rate_may_be_none_a_tensor_or_absent():
 # Copies of the parameters ---------------------------------------------------------------------------------------------
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_local_averaging_makes_the_copy_the_mean_of_the_copies(workers):
     run = Run("ScheduleFreeSGD", LocalSGD(EVERY), workers).steps_to(EVERY - 1)
     alone = Run("ScheduleFreeSGD", LocalSGD(100), Workers())
@@ -340,7 +340,7 @@ def test_local_averaging_makes_the_copy_the_mean_of_the_copies(workers):
     assert not torch.equal(rows[0], rows[1])
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_slow_update_moves_the_copies_with_the_parameters(workers):
     plain = Run("ScheduleFreeSGD", LocalSGD(EVERY), workers).steps_to(EVERY)
     slow = Run("ScheduleFreeSGD", SlowMo(sync_every=EVERY, slow_momentum=0.0, slow_lr=0.5), workers).steps_to(EVERY)
@@ -350,7 +350,7 @@ def test_a_slow_update_moves_the_copies_with_the_parameters(workers):
         torch.testing.assert_close(shifted - z, moved - y)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_master_weights_do_not_undo_a_sync(workers):
     run = Run("MasterWeights", LocalSGD(EVERY), workers, torch.bfloat16).steps_to(EVERY)
     rows = workers.gather(flat(run.entries("iterate").values()))
@@ -362,7 +362,7 @@ def test_master_weights_do_not_undo_a_sync(workers):
     assert rows[0] == rows[1]
 
 
-@on_threads(2, each=["reset", "auto", "average"])
+@taking_turns(2, each=["reset", "auto", "average"])
 def test_copies_are_equal_whatever_the_treatment_of_buffers(workers, treatment):
     run = Run("Lookahead", SlowMo(sync_every=EVERY, inner_buffers=treatment), workers).steps_to(2 * EVERY)
     rows = workers.gather(flat(run.values()) + flat(run.entries("iterate").values()))
@@ -371,7 +371,7 @@ def test_copies_are_equal_whatever_the_treatment_of_buffers(workers, treatment):
         assert (slow - run.parameters[index].detach()).abs().max() < 0.5
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_complex_copies_meet_too(workers):
     run = Run("ScheduleFreeSGD", LocalSGD(100), workers, torch.complex64).steps_to(EVERY)
     with run.engine.units[0].iterates.following(workers) as average_offsets, torch.no_grad():
@@ -385,7 +385,7 @@ def test_complex_copies_meet_too(workers):
     assert any(rows[0])
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_worker_that_has_not_stepped_a_parameter_yet_counts_as_its_copy(workers):
     own = parameters("ScheduleFreeSGD")
     optimizer = ScheduleFreeSGD(own)
@@ -402,7 +402,7 @@ def test_a_worker_that_has_not_stepped_a_parameter_yet_counts_as_its_copy(worker
         torch.testing.assert_close(z, 2 + offset)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_delayed_average_takes_the_copies_along(workers):
     run = Run("ScheduleFreeSGD", LocalSGD(EVERY, overlap=1), workers).steps_to(EVERY)
     bare = Run("ScheduleFreeSGD", LocalSGD(100), Workers())
@@ -415,7 +415,7 @@ def test_a_delayed_average_takes_the_copies_along(workers):
         torch.testing.assert_close(there - z, moved, rtol=1e-4, atol=1e-5)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_end_of_training_makes_the_copies_equal(workers):
     run = Run("ScheduleFreeAdamW", LocalSGD(EVERY), workers).steps_to(EVERY + 1)
     run.engine.finish()

@@ -6,7 +6,7 @@ import torch
 
 from lightning_slowmo import PRESETS, DiLoCo, Engine
 from lightning_slowmo.compression import Bins, Identity
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 SHAPES = ((5, 4), (4,), (3, 6), (1,))
 STEPS, EVERY = 13, 4
@@ -64,7 +64,7 @@ def trained(workers, algorithm):
     return np.concatenate([p.detach().numpy().ravel() for p in model])
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_muloco_is_diloco_over_muon_and_adamw(workers):
     preset = PRESETS["muloco"]
     assert isinstance(preset, DiLoCo)
@@ -76,7 +76,7 @@ def test_muloco_is_diloco_over_muon_and_adamw(workers):
     assert np.abs(trained(workers, DiLoCo(EVERY, 1.0, 0.0)) - expected).max() > 1e-3
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_two_bits_with_error_feedback_stay_near(workers):
     preset = PRESETS["muloco"]
     compressed = trained(workers, DiLoCo(EVERY, preset.outer_lr, preset.outer_momentum, compressor=Bins(2)))

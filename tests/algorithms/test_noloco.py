@@ -10,7 +10,7 @@ from lightning_slowmo.communication import Reason
 from lightning_slowmo.topology import RandomMatching
 from tests.algorithms import reference
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, Training, differ, same, small_buckets, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 
 def listing(problem, workers, every, eta, mu, seed=0):
@@ -42,7 +42,7 @@ def listing(problem, workers, every, eta, mu, seed=0):
     return np.array(rows)
 
 
-@on_threads(1, 2, 3, 4, 5)
+@taking_turns(1, 2, 3, 4, 5)
 def test_noloco_follows_the_authors_listing(workers):
     for every, eta, mu, seed in ((4, 0.7, 0.5, 0), (3, 0.9, 0.3, 7)):
         with small_buckets(workers):
@@ -50,7 +50,7 @@ def test_noloco_follows_the_authors_listing(workers):
         same(ours, listing(CHANGING, workers.size, every, eta, mu, seed)[:, workers.rank])
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_of_two_workers_it_is_slowmo_at_a_constant_learning_rate(workers):
     """Both are heavy-ball momentum on the mean of all; the slow learning rate scales what comes in."""
     slowmo = SlowMo(sync_every=4, slow_momentum=0.5, slow_lr=0.7, inner_buffers="maintain")
@@ -58,13 +58,13 @@ def test_of_two_workers_it_is_slowmo_at_a_constant_learning_rate(workers):
     differ(train(workers, NoLoCo(4, 0.7, 0.3), CONSTANT, MOMENTUM), train(workers, slowmo, CONSTANT, MOMENTUM))
 
 
-@on_threads(4)
+@taking_turns(4)
 def test_without_momentum_at_rate_one_it_is_gossip_of_pairs_after_local_steps(workers):
     gossip = Gossip(RandomMatching(3), push_sum=False)
     same(train(workers, NoLoCo(1, 1.0, 0.0, seed=3), CHANGING), train(workers, gossip, CHANGING))
 
 
-@on_threads(4)
+@taking_turns(4)
 def test_the_mean_of_the_slow_weights_moves_as_one_heavy_ball(workers):
     run = Training(workers, NoLoCo(3, 0.8, 0.6), CHANGING)
     unit = run.engine.units[0]
@@ -90,7 +90,7 @@ def test_the_mean_of_the_slow_weights_moves_as_one_heavy_ball(workers):
             run.step()
 
 
-@on_threads(4)
+@taking_turns(4)
 def test_schedules_apply(workers):
     ours = train(workers, NoLoCo(Stages({0: 2, 8: 4}), 0.7, 0.5), CHANGING, MOMENTUM)
     same(ours[:8], listing(CHANGING, workers.size, 2, 0.7, 0.5)[:8, workers.rank])

@@ -12,13 +12,13 @@ from lightning_slowmo.averaging.feedback import Feedback
 from lightning_slowmo.compression import QSGD, Identity, RandomK, Sign, TopK
 from lightning_slowmo.topology import make
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, PLAIN, Training, same, small_buckets, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 FIRST = np.concatenate([value.ravel() for value in CHANGING.initial()])
 THREE_BITS = QSGD(bits=3, norm="max", bucket=512)
 
 
-@on_threads(1, 2, 3, 4, each=["ring", "two_shot"])
+@taking_turns(1, 2, 3, 4, each=["ring", "two_shot"])
 def test_without_compression_it_is_local_sgd(workers, case):
     for message in ("difference", "model"):
         for period in (1, 3):
@@ -27,20 +27,20 @@ def test_without_compression_it_is_local_sgd(workers, case):
             same(ours, train(workers, LocalSGD(period), CHANGING, MOMENTUM))
 
 
-@on_threads(1, 2, 3, 4)
+@taking_turns(1, 2, 3, 4)
 def test_without_compression_its_gossip_is_d_psgd(workers):
     for message in ("difference", "model"):
         ours = train(workers, QPRSGD(1, Identity(), "gossip", message=message), CHANGING, MOMENTUM)
         same(ours, train(workers, Gossip("ring", push_sum=False), CHANGING, MOMENTUM))
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_gossip_with_models_may_change_its_neighbours(workers):
     ours = train(workers, QPRSGD(1, Identity(), "gossip", "one_peer_exponential", message="model"), CHANGING, PLAIN)
     same(ours, train(workers, Gossip("one_peer_exponential"), CHANGING, PLAIN))
 
 
-@on_threads(1, 2, 3, 4, each=["ring", "two_shot"])
+@taking_turns(1, 2, 3, 4, each=["ring", "two_shot"])
 def test_replicas_are_equal_bit_for_bit_after_a_sync(workers, case):
     for algorithm in (QPRSGD(4, THREE_BITS, case), SlowMo(QPRSGD(4, THREE_BITS, case), 4)):
         with small_buckets(workers):
@@ -50,7 +50,7 @@ def test_replicas_are_equal_bit_for_bit_after_a_sync(workers, case):
         assert workers.alone or not np.array_equal(*np.array(workers.gather(values[9].tolist()))[:2])
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_what_gossip_knows_of_a_worker_is_what_that_worker_knows(workers):
     """The mixes are the weighted sums of the public copies, and the mean of models is that of the copies."""
     training = Training(workers, QPRSGD(1, RandomK(0.5, rescale=True), "gossip"), CHANGING)
@@ -65,7 +65,7 @@ def test_what_gossip_knows_of_a_worker_is_what_that_worker_knows(workers):
         np.testing.assert_allclose(models.mean(0), public.mean(0), rtol=0, atol=1e-12)
 
 
-@on_threads(1, 2, 4)
+@taking_turns(1, 2, 4)
 def test_an_outer_loop_without_loss_is_the_exact_one(workers):
     for exact in (SlowMo(sync_every=3), DiLoCo(3), DiLoCo(3, outer_optimizer=partial(torch.optim.Adam, lr=0.1))):
         with small_buckets(workers):
@@ -73,7 +73,7 @@ def test_an_outer_loop_without_loss_is_the_exact_one(workers):
             same(ours, train(workers, exact, CHANGING, MOMENTUM))
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_slow_momentum_over_compressed_differences_follows_lines_6_to_8_with_error_feedback(workers):
     """One worker's view: anchor and momentum follow from the means that were decoded; nothing is lost on the way."""
     beta, period = 0.5, 4
@@ -102,7 +102,7 @@ def test_slow_momentum_over_compressed_differences_follows_lines_6_to_8_with_err
         assert np.count_nonzero(np.abs(decoded) > 1e-12) < len(decoded)
 
 
-@on_threads(2, 4)
+@taking_turns(2, 4)
 def test_three_bits_send_ninety_percent_less_than_local_sgd(workers):
     big = replace(CHANGING, groups=(((100, 200), (200,)), ((20, 50),)), rates=CHANGING.rates[:4])
     sent = []
@@ -116,7 +116,7 @@ def test_three_bits_send_ninety_percent_less_than_local_sgd(workers):
     assert all(bytes <= 0.1 * sent[0] for bytes in sent[1:]), sent
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_the_residual_of_the_mean_survives_other_numbers_of_workers(workers):
     training = Training(workers, QPRSGD(2, Sign("l1"), "two_shot", error_feedback=True), CHANGING)
     training.trajectory()

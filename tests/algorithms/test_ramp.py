@@ -11,7 +11,7 @@ import torch
 from lightning_slowmo import AllReduce, DiLoCo, PostLocal, Ramp, SlowMo, Workers
 from tests.algorithms import reference
 from tests.algorithms.training import CHANGING, CONSTANT, MOMENTUM, Training, differ, goes_on_bit_exactly, same, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 RAMP = Ramp({4: 0.1, 12: 0.9, 16: 0.9, 20: 0.3})
 AT = {0: 0.1, 4: 0.1, 8: 0.5, 12: 0.9, 14: 0.9, 16: 0.9, 18: 0.6, 20: 0.3, 10**6: 0.3}
@@ -49,7 +49,7 @@ class Ramped:
         return self.outer(index, rate, start, mean)
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_ramped_momenta_follow_the_reference(workers):
     inner = partial(reference.SGD, 0.9)
     slowmo = train(workers, SlowMo(sync_every=4, slow_momentum=RAMP, slow_lr=0.9), CHANGING, MOMENTUM)
@@ -61,7 +61,7 @@ def test_ramped_momenta_follow_the_reference(workers):
     differ(diloco, train(workers, DiLoCo(3), CHANGING, MOMENTUM))
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_flat_ramp_is_its_constant_and_a_resume_keeps_its_place(workers):
     flat = train(workers, DiLoCo(3, outer_momentum=Ramp({7: 0.8})), CHANGING)
     np.testing.assert_array_equal(flat, train(workers, DiLoCo(3, outer_momentum=0.8), CHANGING))
@@ -69,7 +69,7 @@ def test_a_flat_ramp_is_its_constant_and_a_resume_keeps_its_place(workers):
         goes_on_bit_exactly(lambda algorithm=algorithm: Training(workers, algorithm, CHANGING, MOMENTUM), 8)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_after_averaged_gradients_a_ramp_is_where_training_is(workers):
     """Pier's start: synchronous steps, then outer steps whose momentum has its own course."""
     ours = train(workers, DiLoCo(PostLocal(8, 4), outer_momentum=RAMP), CHANGING, MOMENTUM)

@@ -28,7 +28,7 @@ from lightning_slowmo.algorithms.schedules import NEVER
 from lightning_slowmo.compression import QSGD
 from tests.algorithms import reference
 from tests.algorithms.training import CHANGING, MOMENTUM, Problem, Training, differ, goes_on_bit_exactly, same, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 KINDS = (LocalSGD, SlowMo, BMUF, DiLoCo, QPRSGD, SQuARM)
 
@@ -137,7 +137,7 @@ POST_LOCAL = {
 START = 9
 
 
-@on_threads(1, 2, 3, each=list(POST_LOCAL))
+@taking_turns(1, 2, 3, each=list(POST_LOCAL))
 def test_post_local_is_allreduce_to_the_bit_and_then_the_algorithm_from_there(workers, case):
     make = POST_LOCAL[case]
     ours = train(workers, make(PostLocal(START, 4)), CHANGING, MOMENTUM)
@@ -154,7 +154,7 @@ def test_post_local_is_allreduce_to_the_bit_and_then_the_algorithm_from_there(wo
         differ(ours, train(workers, make(4), CHANGING, MOMENTUM))
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_post_local_from_the_start_and_never(workers):
     np.testing.assert_array_equal(
         train(workers, SlowMo(sync_every=PostLocal(0, 4)), CHANGING), train(workers, SlowMo(sync_every=4), CHANGING)
@@ -164,7 +164,7 @@ def test_post_local_from_the_start_and_never(workers):
     )
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_what_does_not_fit_after_the_first_phase_is_refused_before_it(workers):
     with pytest.raises(ValueError, match="fragments must be at most the number of trained parameters"):
         train(workers, LocalSGD(PostLocal(1000, 16), fragments=16), CHANGING)
@@ -173,7 +173,7 @@ def test_what_does_not_fit_after_the_first_phase_is_refused_before_it(workers):
         Engine(LocalSGD(PostLocal(1000, 4)), [optimizer], workers, shard_slow_state=True)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_slow_state_is_sharded_once_there_is_some(workers):
     def run(algorithm):
         training = Training(workers, AllReduce(), CHANGING)
@@ -193,7 +193,7 @@ OUTER = {
 }
 
 
-@on_threads(2, 3, each=list(OUTER))
+@taking_turns(2, 3, each=list(OUTER))
 def test_stages_are_their_constant_parts_to_the_bit(workers, case):
     make, _, _ = OUTER[case]
     ours = train(workers, make(Stages({0: 1, 5: 3, 14: 5})), CHANGING, MOMENTUM)
@@ -223,7 +223,7 @@ def qsr_lengths(problem):
     return QSR(2, 0.16, warm_up), rule([rates[0] for rates in problem.rates], 2, 0.16, warm_up, 2)
 
 
-@on_threads(1, 2, 3, each=[(a, b) for a in OUTER for b in SCHEDULED])
+@taking_turns(1, 2, 3, each=[(a, b) for a in OUTER for b in SCHEDULED])
 def test_qsr_follows_the_reference_at_the_papers_periods(workers, case):
     name, rates = case
     problem, (make, outer, buffers) = SCHEDULED[rates], OUTER[name]
@@ -235,7 +235,7 @@ def test_qsr_follows_the_reference_at_the_papers_periods(workers, case):
     same(ours, paper[workers.rank])
 
 
-@on_threads(2, each=["gossip inside", "averages between", "gossip of differences", "overlapped"])
+@taking_turns(2, each=["gossip inside", "averages between", "gossip of differences", "overlapped"])
 def test_qsr_keeps_its_periods_where_it_has_a_clock_of_its_own(workers, case):
     schedule, lengths = qsr_lengths(SCHEDULED["cosine"])
     algorithm = {
@@ -256,7 +256,7 @@ def test_qsr_keeps_its_periods_where_it_has_a_clock_of_its_own(workers, case):
     assert len(seen) >= len(lengths) - 1
 
 
-@on_threads(2, each=[(rates, at) for rates in SCHEDULED for at in (3, 11, 23, 30)])
+@taking_turns(2, each=[(rates, at) for rates in SCHEDULED for at in (3, 11, 23, 30)])
 def test_qsr_goes_on_in_the_middle_of_a_period_to_the_bit(workers, case):
     rates, at = case
     problem = SCHEDULED[rates]
@@ -265,7 +265,7 @@ def test_qsr_goes_on_in_the_middle_of_a_period_to_the_bit(workers, case):
         goes_on_bit_exactly(lambda make=make: Training(workers, make(schedule), problem, MOMENTUM), at)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_workers_whose_rates_differ_decide_alike_from_the_next_sync_on(workers):
     """Worker 1's own scheduler has halved its rate: alone it would wait four times as long."""
     parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -285,7 +285,7 @@ def test_workers_whose_rates_differ_decide_alike_from_the_next_sync_on(workers):
     assert steps[2:6] == [[7, 7]] * 4  # (0.2 / 0.075)²
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_uneven_inputs_leave_all_workers_in_the_same_stage(workers):
     run = Training(workers, LocalSGD(Stages({0: 2, 6: 4})), CHANGING)
     for _ in range(8 if workers.rank == 0 else 3):
@@ -294,7 +294,7 @@ def test_uneven_inputs_leave_all_workers_in_the_same_stage(workers):
     assert [row[0] for row in workers.gather([run.engine.shared_state()["units"][0]["clock"]["taken"]])] == [8, 8]
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_stages_by_epoch_follow_what_they_are_told(workers):
     run = Training(workers, LocalSGD(Stages({0: 1, 1: 2, 3: 4}, by="epoch")), CHANGING)
     with pytest.raises(ValueError, match="goes by epochs"):

@@ -23,7 +23,7 @@ from tests.algorithms.training import (
     small_buckets,
     train,
 )
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 PROBLEM = replace(CHANGING, groups=(((3, 2), (), (17, 3)), ((7,), (0,), (2, 1, 3), (40,))))
 """Below, tensors with fewer than 7 elements are sent as they are: some of either kind, an empty and a scalar one."""
@@ -124,21 +124,21 @@ class SensedListing(Listing):
         return update
 
 
-@on_threads(1, 2, 3, 4, each=[(momentum, masking) for momentum in MOMENTA for masking in (True, False)])
+@taking_turns(1, 2, 3, 4, each=[(momentum, masking) for momentum in MOMENTA for masking in (True, False)])
 def test_sketched_sgd_is_the_listing(workers, case):
     config = replace(SKETCHED, momentum=case[0], momentum_masking=case[1])
     with small_buckets(workers):
         same(train(workers, config, PROBLEM), SketchedListing(config, workers.size).trajectory())
 
 
-@on_threads(1, 2, 3, 4, each=list(MOMENTA))
+@taking_turns(1, 2, 3, 4, each=list(MOMENTA))
 def test_sensed_sgd_is_the_listing(workers, case):
     config = replace(SENSED, momentum=case)
     with small_buckets(workers):
         same(train(workers, config, PROBLEM), SensedListing(config, workers.size).trajectory())
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_every_switch_makes_a_difference(workers):
     ours = train(workers, SKETCHED, PROBLEM)
     for change in ({"k": 0.2}, {"momentum": 0.0}, {"momentum_masking": False}, {"seed": 5}, {"uncompressed_below": 0}):
@@ -148,7 +148,7 @@ def test_every_switch_makes_a_difference(workers):
         differ(ours, train(workers, replace(SENSED, **change), PROBLEM))
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_when_all_elements_move_it_is_sgd(workers):
     """With masking no momentum survives a step; tensors that are sent as they are keep theirs, so there are none."""
     for momentum in MOMENTA:
@@ -159,7 +159,7 @@ def test_when_all_elements_move_it_is_sgd(workers):
         same(train(workers, all_move, PROBLEM), momentum_sgd(workers.size, momentum))
 
 
-@on_threads(1, 2, 3, 4, each=[replace(SKETCHED, momentum=0.0), replace(SENSED, momentum=0.0)])
+@taking_turns(1, 2, 3, 4, each=[replace(SKETCHED, momentum=0.0), replace(SENSED, momentum=0.0)])
 def test_replicas_are_equal_and_what_is_not_applied_is_kept(workers, case):
     """What was applied and what is left add up to all gradients; SensedSGD knows it by its measurements alone."""
     training = Training(workers, case, PROBLEM)
@@ -190,7 +190,7 @@ def test_replicas_are_equal_and_what_is_not_applied_is_kept(workers, case):
     assert missing[0].abs().max() > 1e-2
 
 
-@on_threads(2, 3, 4, each=[SKETCHED, SENSED])
+@taking_turns(2, 3, 4, each=[SKETCHED, SENSED])
 def test_bytes_are_as_predicted(workers, case):
     big = replace(PROBLEM, groups=(((30, 20), (5,)), ((1000,),)), rates=PROBLEM.rates[:6])
     training, n, d, small = Training(workers, case, big, dtype=torch.float32), workers.size, 1600, 5
@@ -211,13 +211,13 @@ def test_bytes_are_as_predicted(workers, case):
     assert used.received == used.sent
 
 
-@on_threads(2, 3, each=[SKETCHED, SENSED])
+@taking_turns(2, 3, each=[SKETCHED, SENSED])
 def test_a_resumed_run_is_bit_for_bit_the_same(workers, case):
     with small_buckets(workers):
         goes_on_bit_exactly(partial(Training, workers, case, PROBLEM), at=9)
 
 
-@on_threads(3, each=[SKETCHED, SENSED])
+@taking_turns(3, each=[SKETCHED, SENSED])
 def test_another_number_of_workers_keeps_residual_and_momentum(workers, case):
     training = Training(workers, case, PROBLEM)
     for _ in range(9):
@@ -233,7 +233,7 @@ def test_another_number_of_workers_keeps_residual_and_momentum(workers, case):
             assert name == "small_momentum" or was.abs().max() > 0
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_another_sensing_matrix_measures_the_residual_anew(workers):
     training = Training(workers, SENSED, PROBLEM)
     for _ in range(9):
@@ -257,7 +257,7 @@ def backward(training, gradients):
     training.engine.after_backward()
 
 
-@on_threads(3, each=[SKETCHED, SENSED])
+@taking_turns(3, each=[SKETCHED, SENSED])
 def test_unused_parameters(workers, case):
     """Used by one worker only it is a gradient of 0 for the others; used by nobody it keeps None and its residual."""
     training = Training(workers, case, PROBLEM)
@@ -289,7 +289,7 @@ def test_unused_parameters(workers, case):
         assert kept[large].any()
 
 
-@on_threads(2, 3, each=[SKETCHED, SENSED])
+@taking_turns(2, 3, each=[SKETCHED, SENSED])
 def test_who_has_no_inputs_helps_and_keeps_everything(workers, case):
     """The last worker waits to end; what the others agree on is what they would agree on without it."""
     training = Training(workers, case, PROBLEM)
@@ -309,7 +309,7 @@ def test_who_has_no_inputs_helps_and_keeps_everything(workers, case):
     np.testing.assert_allclose(training.values(), listing.trajectory()[5], rtol=0, atol=1e-10)
 
 
-@on_threads(2, each=[SKETCHED, SENSED])
+@taking_turns(2, each=[SKETCHED, SENSED])
 def test_infinite_gradients_leave_no_trace(workers, case):
     """One worker's gradient overflows; with a scaler all skip the step, without one all say who it was."""
     training, twin = Training(workers, case, PROBLEM), Training(workers, case, PROBLEM)
@@ -334,7 +334,7 @@ def test_infinite_gradients_leave_no_trace(workers, case):
     assert np.array_equal(training.trajectory(), twin.trajectory())
 
 
-@on_threads(2, each=[SKETCHED, SENSED])
+@taking_turns(2, each=[SKETCHED, SENSED])
 def test_a_scale_that_changes_makes_no_difference(workers, case):
     """Powers of two: bit for bit."""
     plain, scaled = Training(workers, case, PROBLEM), Training(workers, case, PROBLEM)
@@ -352,7 +352,7 @@ def test_a_scale_that_changes_makes_no_difference(workers, case):
     assert np.array_equal(scaled.trajectory(), plain.trajectory())
 
 
-@on_threads(2, each=[SKETCHED, SENSED])
+@taking_turns(2, each=[SKETCHED, SENSED])
 def test_a_gradient_is_exchanged_once(workers, case):
     """Those left over from the last step are no news; adding to exchanged ones is refused on all workers."""
     training = Training(workers, case, PROBLEM)
@@ -378,7 +378,7 @@ def test_a_gradient_is_exchanged_once(workers, case):
         training.engine.after_backward()
 
 
-@on_threads(2, 3, each=[SKETCHED, SENSED])
+@taking_turns(2, 3, each=[SKETCHED, SENSED])
 def test_a_parameter_that_joins_takes_nothing_from_the_others(workers, case):
     training = Training(workers, replace(case, momentum=0.0), PROBLEM)
     for _ in range(4):
@@ -411,7 +411,7 @@ def test_a_parameter_that_joins_takes_nothing_from_the_others(workers, case):
     assert (rows == rows[0]).all()
 
 
-@on_threads(3, each=[SKETCHED, SENSED])
+@taking_turns(3, each=[SKETCHED, SENSED])
 def test_tensors_of_any_size_and_type(workers, case):
     for shapes in (((1,),), ((1,), (0,), (1, 1)), ((0,), (33,)), ((2, 3), (5, 0))):
         problem = Problem((shapes,), ((0.1,),) * 4)

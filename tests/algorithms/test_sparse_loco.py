@@ -10,7 +10,7 @@ from lightning_slowmo import DiLoCo, LocalSGD, SparseLoCo
 from lightning_slowmo.communication import Reason
 from lightning_slowmo.compression import Bins, ChunkedTopK, Identity
 from tests.algorithms.training import CHANGING, MOMENTUM, Training, differ, same, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 
 def two_bits(v, bits=2, reach=6.0):
@@ -65,7 +65,7 @@ def listing(problem, workers, every, eta, beta, compress):
     return np.array(rows)
 
 
-@on_threads(1, 2, 3, 4)
+@taking_turns(1, 2, 3, 4)
 def test_sparse_loco_follows_its_equations(workers):
     for every, eta, beta, k, chunk in ((4, 1.0, 0.95, 2, 4), (3, 0.7, 0.8, 3, 5)):
         ours = train(workers, SparseLoCo(every, eta, beta, ChunkedTopK(k, chunk=chunk)), CHANGING, MOMENTUM)
@@ -73,7 +73,7 @@ def test_sparse_loco_follows_its_equations(workers):
         same(ours, listing(CHANGING, workers.size, every, eta, beta, compress)[:, workers.rank])
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_without_loss_it_is_diloco_without_momentum_and_at_rate_one_local_sgd(workers):
     for beta in (0.0, 0.95):
         exact = SparseLoCo(4, 0.8, beta, Identity())
@@ -84,7 +84,7 @@ def test_without_loss_it_is_diloco_without_momentum_and_at_rate_one_local_sgd(wo
     differ(train(workers, few, CHANGING, MOMENTUM), train(workers, LocalSGD(4), CHANGING, MOMENTUM))
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_an_error_that_does_not_decay_holds_all_that_was_not_told(workers):
     run = Training(workers, SparseLoCo(2, 1.0, 1.0, ChunkedTopK(1, chunk=8)), CHANGING)
     unit, differences = run.engine.units[0], 0.0

@@ -13,7 +13,7 @@ from lightning_slowmo.communication.meeting import Header, Reason
 from lightning_slowmo.communication.workers import Workers
 from lightning_slowmo.compression import Identity, Sign, TopK
 from tests.algorithms.training import CHANGING, STEPS, Training, goes_on_bit_exactly, same, small_buckets, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 B1, B2, EPS, DECAY = 0.9, 0.98, 1e-8, 0.1
 OPTIMIZERS = {
@@ -47,20 +47,20 @@ def listing(workers, warmup, kind):
     return np.stack(rows)
 
 
-@on_threads(1, 2, 3, 4, each=list(OPTIMIZERS))
+@taking_turns(1, 2, 3, 4, each=list(OPTIMIZERS))
 def test_without_loss_it_is_adam_whose_second_moment_stops(workers, case):
     with small_buckets(workers):
         ours = train(workers, APMSqueeze(9, Identity(), floor=0.0), CHANGING, OPTIMIZERS[case])
     same(ours, listing(workers.size, 9, case))
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_warm_up_without_end_is_adam(workers):
     ours = train(workers, APMSqueeze(10**6), CHANGING, OPTIMIZERS["adam"])
     same(ours, train(workers, AllReduce(), CHANGING, OPTIMIZERS["adam"]))
 
 
-@on_threads(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
+@taking_turns(1, 2, 3, 4, each=[Sign("l2"), TopK(0.2)])
 def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
     with small_buckets(workers):
         training = Training(workers, APMSqueeze(6, case), CHANGING, OPTIMIZERS["adam"])
@@ -82,7 +82,7 @@ def test_replicas_are_equal_and_what_is_left_out_is_sent_later(workers, case):
         assert np.abs(missing).max() > 1e-4
 
 
-@on_threads(1, 2, 3, 4)
+@taking_turns(1, 2, 3, 4)
 def test_small_tensors_are_averaged_exactly(workers):
     """Those of fewer than 7 elements do as if nothing was compressed, bit for bit among workers; larger ones do not."""
     with small_buckets(workers):
@@ -104,7 +104,7 @@ def test_small_tensors_are_averaged_exactly(workers):
     assert unit.syncs == STEPS - 6
 
 
-@on_threads(1, 3)
+@taking_turns(1, 3)
 def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
     for algorithm in (APMSqueeze(9, Sign("l2"), uncompressed_below=10**6), APMSqueeze(9, Identity(), 7, floor=0.0)):
         with small_buckets(workers):
@@ -112,7 +112,7 @@ def test_if_all_tensors_are_small_it_is_adam_whose_second_moment_stops(workers):
         same(ours, listing(workers.size, 9, "adamw"))
 
 
-@on_threads(2, 4)
+@taking_turns(2, 4)
 def test_the_bytes_of_a_step_are_those_predicted(workers):
     """Two shots of each worker's signs for the large tensors, and a ring all-reduce of the small ones."""
     problem = replace(CHANGING, groups=(((30, 20), (20,)), ((11,), (101,))), rates=CHANGING.rates[:5])
@@ -135,7 +135,7 @@ def test_the_bytes_of_a_step_are_those_predicted(workers):
         assert sent == header + shots + exact, below
 
 
-@on_threads(2, 4)
+@taking_turns(2, 4)
 def test_after_the_warm_up_it_sends_96_percent_less(workers):
     big = replace(CHANGING, groups=(((300, 200), (200,)), ((100, 100),)), rates=CHANGING.rates[:6])
     sent = []
@@ -150,7 +150,7 @@ def test_after_the_warm_up_it_sends_96_percent_less(workers):
     assert 0 < sent[1] <= 0.04 * sent[0], sent
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(workers):
     training = Training(workers, APMSqueeze(4), CHANGING, OPTIMIZERS["adam"])
     (unit,) = training.engine.units
@@ -173,7 +173,7 @@ def test_what_never_had_a_gradient_stays_and_a_skipped_step_is_skipped_by_all(wo
     assert float(unit.steps[0]) == 11
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(workers):
     for cut, below in ((3, 0), (10, 0), (3, 7), (10, 7)):
         algorithm = APMSqueeze(6, uncompressed_below=below)
@@ -182,7 +182,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same_before_and_after_the_freeze(worke
             goes_on_bit_exactly(make, at=cut)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_automatic_warm_up_ends_when_the_second_moment_is_stable(workers):
     problem = replace(CHANGING, rates=((1e-4, 1e-4),) * 200)
     optimizer = partial(torch.optim.Adam, betas=(B1, 0.95))
@@ -217,7 +217,7 @@ def test_other_optimizers_and_amsgrad_are_refused():
         APMSqueeze(floor=-1)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_an_element_almost_without_gradients_in_the_warm_up_is_not_thrown_far(workers):
     """What made training diverge: all momenta of a tensor get one magnitude, and one is divided by next to 0."""
     rate, farthest = 0.01, {}

@@ -33,7 +33,7 @@ from tests.algorithms.training import (
     small_buckets,
     train,
 )
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 SIZES = (1, 2, 3, 4)
 EVERY = 6
@@ -57,7 +57,7 @@ def streaming(workers):
 # Against the reference ------------------------------------------------------------------------------------------------
 
 
-@on_threads(*SIZES, each=SETTINGS)
+@taking_turns(*SIZES, each=SETTINGS)
 def test_every_algorithm_follows_the_reference(workers, case):
     overlap, fragments = case
     pairs = [
@@ -78,7 +78,7 @@ def test_every_algorithm_follows_the_reference(workers, case):
         same(ours, expected[workers.rank])
 
 
-@on_threads(2, 3, each=["reset", "average"])
+@taking_turns(2, 3, each=["reset", "average"])
 def test_the_optimizers_buffers_are_treated_when_parameters_are_sent(workers, case):
     for name in ("nesterov", "adam"):
         optimizer, inner = INNER[name]
@@ -91,7 +91,7 @@ def test_the_optimizers_buffers_are_treated_when_parameters_are_sent(workers, ca
             same(ours, expected[workers.rank])
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_learning_rate_of_an_outer_step_is_that_of_the_send(workers):
     """The rate falls to a tenth while the average is in flight, which must not touch the momentum's units."""
     rates = tuple((0.1, 0.05) if step % EVERY in (5, 0) else (0.01, 0.02) for step in range(24))
@@ -107,7 +107,7 @@ def test_the_learning_rate_of_an_outer_step_is_that_of_the_send(workers):
 # Special cases --------------------------------------------------------------------------------------------------------
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_on_the_same_data_overlap_and_fragments_of_local_sgd_change_nothing(workers):
     shared = replace(CHANGING, shared=True)
     alone = train(Workers(), LocalSGD(EVERY), shared, MOMENTUM)
@@ -117,7 +117,7 @@ def test_on_the_same_data_overlap_and_fragments_of_local_sgd_change_nothing(work
         same(train(workers, plain, shared, MOMENTUM), alone)
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_slowmo_without_slow_momentum_is_local_sgd_and_both_part_from_what_waits(workers):
     for overlap, fragments in SETTINGS:
         local = train(workers, LocalSGD(EVERY, overlap, fragments), CHANGING, MOMENTUM)
@@ -126,7 +126,7 @@ def test_slowmo_without_slow_momentum_is_local_sgd_and_both_part_from_what_waits
         differ(train(workers, LocalSGD(EVERY), CHANGING, MOMENTUM), local)
 
 
-@on_threads(*SIZES)
+@taking_turns(*SIZES)
 def test_a_fragment_for_each_step_with_a_constant_gradient_ends_a_period_as_one_fragment_does(workers):
     """Fragments of equal gradients at all steps only shift in time: at a constant rate, all progress is the same."""
 
@@ -145,7 +145,7 @@ def test_a_fragment_for_each_step_with_a_constant_gradient_ends_a_period_as_one_
         same(parts[-1][where], mean - own)
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_corrections_leave_the_mean_of_local_sgd_where_it_was(workers):
     for overlap, fragments in SETTINGS:
         training = Training(workers, LocalSGD(EVERY, overlap, fragments), CHANGING)
@@ -168,7 +168,7 @@ def training_means(workers, training, before):
         yield np.mean(workers.gather(training.values().tolist()), axis=0), mean
 
 
-@on_threads(2, 3, 4)
+@taking_turns(2, 3, 4)
 def test_without_steps_the_mean_is_taken_in_to_the_last_bit_when_it_is_its_turn(workers):
     for algorithm in (LocalSGD(4, overlap=2), SlowMo(sync_every=4, slow_momentum=0.0, overlap=2)):
         resting = replace(CHANGING, rates=((0.0, 0.0),) * 24)
@@ -192,7 +192,7 @@ def test_without_overlap_and_fragments_nothing_is_different():
     assert SlowMo(overlap=0, fragments=1) == SlowMo()
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_when_a_message_arrives_does_not_matter(workers):
     algorithm = SlowMo(sync_every=4, overlap=2, fragments=1)
     expected = train(workers, algorithm, CHANGING)
@@ -204,7 +204,7 @@ def test_when_a_message_arrives_does_not_matter(workers):
     np.testing.assert_array_equal(np.stack(rows), expected)
 
 
-@on_threads(1, 2)
+@taking_turns(1, 2)
 def test_half_precision_parameters_follow_and_are_equal_once_they_rest(workers):
     parameter = Parameter(torch.ones(50, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([parameter], lr=2.0**-7)
@@ -221,7 +221,7 @@ def test_half_precision_parameters_follow_and_are_equal_once_they_rest(workers):
 # Consensus and state --------------------------------------------------------------------------------------------------
 
 
-@on_threads(1, 2, 3)
+@taking_turns(1, 2, 3)
 def test_the_consensus_counts_what_is_in_flight_and_takes_nothing_in_early(workers):
     for algorithm in streaming(workers):
         visiting, straight = (Training(workers, algorithm, CHANGING, MOMENTUM) for _ in range(2))
@@ -237,7 +237,7 @@ def test_the_consensus_counts_what_is_in_flight_and_takes_nothing_in_early(worke
                 same(model, np.mean(workers.gather(visiting.values().tolist()), axis=0))
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_the_consensus_in_flight_is_the_mean_of_the_corrected_workers(workers):
     for kind in (partial(SlowMo, sync_every=4, slow_momentum=0.6), partial(DiLoCo, 4)):
         for steps, fragments in ((4, 1), (5, 1), (4, 2)):
@@ -260,7 +260,7 @@ def test_the_consensus_in_flight_is_the_mean_of_the_corrected_workers(workers):
             assert np.abs(training.values() - flat).max() > 1e-3
 
 
-@on_threads(1, 3)
+@taking_turns(1, 3)
 def test_training_goes_on_bit_exactly_from_any_step_of_a_period(workers):
     for algorithm in streaming(workers):
         expected = train(workers, algorithm, CHANGING, MOMENTUM)
@@ -270,7 +270,7 @@ def test_training_goes_on_bit_exactly_from_any_step_of_a_period(workers):
             goes_on_bit_exactly(make, step, before, expected)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_shared_state_is_equal_on_all_workers_and_has_the_outer_step_of_what_is_in_flight(workers):
     for fragments in (1, 2):
         training = Training(workers, SlowMo(sync_every=4, overlap=1, fragments=fragments), CHANGING)
@@ -288,7 +288,7 @@ def test_shared_state_is_equal_on_all_workers_and_has_the_outer_step_of_what_is_
         assert np.isfinite(expected).all()
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_state_that_does_not_fit_is_refused(workers):
     def after(steps, algorithm):
         training = Training(workers, algorithm, CHANGING)
@@ -313,7 +313,7 @@ def test_state_that_does_not_fit_is_refused(workers):
 # Workers that do not do the same --------------------------------------------------------------------------------------
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_worker_that_waits_takes_in_what_is_in_flight_when_it_goes_on(workers):
     parameter = Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -339,7 +339,7 @@ def test_a_worker_that_waits_takes_in_what_is_in_flight_when_it_goes_on(workers)
     assert parameter.item() == pytest.approx((2 * (mean + 2) + 2 * (mean + 20)) / 4)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_fragment_weighs_the_steps_since_its_own_last_turn(workers):
     parameters = [Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -358,7 +358,7 @@ def test_a_fragment_weighs_the_steps_since_its_own_last_turn(workers):
         assert parameters[0].item() == pytest.approx(mean + 2)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_a_poisoned_worker_gets_everything_at_once(workers):
     for overlap, fragments in ((2, 1), (0, 2), (1, 2)):
         parameters = [Parameter(torch.full((3,), 2.0)) for _ in range(2)]
@@ -397,7 +397,7 @@ def test_waiting_for_what_does_not_arrive_has_a_limit_and_names_whom_it_waited_f
     assert "Did not come (within 0:00:03): rank 1." in said
 
 
-@on_threads(2, each=FAMILIES)
+@taking_turns(2, each=FAMILIES)
 def test_parameters_that_join_while_an_average_is_in_flight(workers, case):
     for overlap, fragments in ((2, 1), (1, 2)):
         first, other, late = (Parameter(torch.full((size,), 1.0, dtype=torch.float64)) for size in (2, 3, 4))
@@ -456,7 +456,7 @@ def test_momentum_keeps_its_units_when_parameters_come_to_other_fragments():
     torch.testing.assert_close(u(), before)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_each_of_two_optimizers_has_its_own_average_in_flight(workers):
     def rows(periods):
         parameters = [Parameter(torch.zeros(3, dtype=torch.float64)) for _ in periods]
@@ -480,7 +480,7 @@ def test_each_of_two_optimizers_has_its_own_average_in_flight(workers):
 # The bill -------------------------------------------------------------------------------------------------------------
 
 
-@on_threads(2, 3, each=[1, 2, 4])
+@taking_turns(2, 3, each=[1, 2, 4])
 def test_each_sync_sends_one_fragment(workers, case):
     problem = Problem((((40,), (3, 9), (25,), (60,)), ((50,), (7, 7))), ((0.1, 0.1),) * 24)
     with small_buckets(workers):
@@ -500,7 +500,7 @@ def test_each_sync_sends_one_fragment(workers, case):
     assert training.engine.total.count == 2 * case
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_the_report_has_the_drift_and_the_waiting_of_the_average_that_arrived_meanwhile(workers):
     parameter = Parameter(torch.zeros(4))
     engine = Engine(LocalSGD(2, overlap=1), [torch.optim.SGD([parameter], lr=0.0)], workers)
@@ -522,7 +522,7 @@ def test_the_report_has_the_drift_and_the_waiting_of_the_average_that_arrived_me
     assert agreed == [False] * 3
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_memory_for_what_is_sent_is_used_again(workers):
     training = Training(workers, LocalSGD(4, overlap=1, fragments=2), CHANGING)
     seen = set()
@@ -587,7 +587,7 @@ def test_what_cannot_be_for_this_model_is_refused_before_training():
             Engine(algorithm, [optimizer], Workers(), shard_slow_state=True)
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_slow_state_may_be_offloaded(workers):
     def end(**placement):
         training = Training(workers, SlowMo(sync_every=4, overlap=1, fragments=2), CHANGING, PLAIN)

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from lightning_slowmo import DiLoCo, Engine, LocalSGD, SlowMo
 from tests.algorithms import reference
 from tests.algorithms.training import random_problem, same, small_buckets, train
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 SEEDS = range(2)
 
@@ -39,7 +39,7 @@ def cases(seed):
     return int(rng.integers(1, 6)), float(rng.uniform(0, 0.9)), float(rng.uniform(0.5, 1.2))
 
 
-@on_threads(1, 2, 4, each=list(INNER))
+@taking_turns(1, 2, 4, each=list(INNER))
 def test_slowmo_follows_the_papers_algorithm(workers, case):
     optimizer, _ = INNER[case]
     for seed in SEEDS:
@@ -52,7 +52,7 @@ def test_slowmo_follows_the_papers_algorithm(workers, case):
             same(ours, expected(seed, workers.size, case, treatment)[workers.rank])
 
 
-@on_threads(2, 3, each=list(INNER))
+@taking_turns(2, 3, each=list(INNER))
 def test_local_sgd_averages_and_leaves_the_optimizers_alone(workers, case):
     optimizer, inner = INNER[case]
     for seed in SEEDS:
@@ -61,7 +61,7 @@ def test_local_sgd_averages_and_leaves_the_optimizers_alone(workers, case):
         same(train(workers, LocalSGD(period), problem, optimizer), paper[workers.rank])
 
 
-@on_threads(2, each=[(64, 32, 3), (64, 10**9, 10), (10**9, 8, 10**9), (8, 8, 1), (72, 10**9, 4)])
+@taking_turns(2, each=[(64, 32, 3), (64, 10**9, 10), (10**9, 8, 10**9), (8, 8, 1), (72, 10**9, 4)])
 def test_no_size_of_buckets_changes_the_result(workers, case):
     problem = random_problem(5)
     for algorithm in (SlowMo(sync_every=3), DiLoCo(3)):
@@ -70,7 +70,7 @@ def test_no_size_of_buckets_changes_the_result(workers, case):
             same(train(workers, algorithm, problem), expected)
 
 
-@on_threads(1, 2, 3, each=["sgd", "momentum", "adam"])
+@taking_turns(1, 2, 3, each=["sgd", "momentum", "adam"])
 def test_float32_follows_to_five_digits(workers, case):
     optimizer, inner = INNER[case]
     for seed in SEEDS:
@@ -81,7 +81,7 @@ def test_float32_follows_to_five_digits(workers, case):
         assert np.linalg.norm(ours - paper) <= 1e-5 * np.linalg.norm(paper)
 
 
-@on_threads(1, 2)
+@taking_turns(1, 2)
 def test_bfloat16_parameters_do_not_lose_small_outer_steps(workers):
     """Fifty outer steps of 0.001 from 1.0: in bfloat16 slow state each would round to nothing."""
     for algorithm in (

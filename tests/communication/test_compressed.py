@@ -1,4 +1,4 @@
-"""Compressed means against arithmetic by hand; what processes and threads send is compared in ``test_contract.py``."""
+"""Compressed means against arithmetic by hand; what goes between processes is compared in ``test_contract.py``."""
 
 import zlib
 
@@ -12,7 +12,7 @@ from lightning_slowmo.communication.compressed import chunks, mean_bytes, ring, 
 from lightning_slowmo.communication.in_process import in_process, together
 from lightning_slowmo.communication.pipeline import complete, pipeline
 from lightning_slowmo.compression import QSGD, Cast, Identity, RandomK, Sign, SignTopK, TopK, seeded_generator
-from tests.on_workers import TIMEOUT, on_threads
+from tests.on_workers import TIMEOUT, taking_turns
 
 EXCHANGES = {"ring": ring, "two_shot": two_shot}
 TRANSPORTS = {
@@ -31,7 +31,7 @@ def everyones(workers, flat):
     return np.array(workers.gather(flat.double().tolist())) if flat.numel() else np.zeros((workers.size, 0))
 
 
-@on_threads(1, 2, 3, 8, each=list(TRANSPORTS))
+@taking_turns(1, 2, 3, 8, each=list(TRANSPORTS))
 def test_without_compression_it_is_the_weighted_mean(workers, case):
     for segments in SEGMENTS:
         flat = vector(workers.rank, sum(segments))
@@ -44,7 +44,7 @@ def test_without_compression_it_is_the_weighted_mean(workers, case):
             assert torch.equal(flat, before)
 
 
-@on_threads(1, 2, 3, each=list(TRANSPORTS))
+@taking_turns(1, 2, 3, each=list(TRANSPORTS))
 def test_many_vectors_in_a_pipeline_get_what_each_gets_alone(workers, case):
     vectors = [vector(workers.rank, 20 + 7 * index, seed=index) for index in range(5)]
     alone = [TRANSPORTS[case](workers, flat, flat.shape, Sign("l1")) for flat in vectors]
@@ -52,7 +52,7 @@ def test_many_vectors_in_a_pipeline_get_what_each_gets_alone(workers, case):
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-@on_threads(2, 3, each=list(TRANSPORTS))
+@taking_turns(2, 3, each=list(TRANSPORTS))
 def test_a_worker_of_no_weight_takes_no_part_even_with_nan(workers, case):
     flat = vector(workers.rank, 9)
     others = everyones(workers, flat)[1:]
@@ -63,7 +63,7 @@ def test_a_worker_of_no_weight_takes_no_part_even_with_nan(workers, case):
     np.testing.assert_allclose(mean.numpy(), others.mean(0), rtol=0, atol=1e-14)
 
 
-@on_threads(1, 2, 3, 8, each=list(TRANSPORTS))
+@taking_turns(1, 2, 3, 8, each=list(TRANSPORTS))
 def test_all_workers_get_the_same_bits_of_predicted_size(workers, case):
     for compressor in COMPRESSORS:
         for segments in SEGMENTS:
@@ -108,7 +108,7 @@ def test_any_lengths_between_any_number_of_workers(size, segments, compressor, t
     together(in_process(size, TIMEOUT), check)
 
 
-@on_threads(1, 2, 3, 5, 8)
+@taking_turns(1, 2, 3, 5, 8)
 def test_a_long_vector_between_any_number_of_workers(workers):
     flat = vector(workers.rank, 200_003).float()
     exact = flat.clone()
@@ -120,7 +120,7 @@ def test_a_long_vector_between_any_number_of_workers(workers):
         assert 0.01 < error < (0.8 if transport == "ring" else 1.5)
 
 
-@on_threads(1, 3, each=list(TRANSPORTS))
+@taking_turns(1, 3, each=list(TRANSPORTS))
 def test_what_is_not_finite_is_refused_and_not_sent(workers, case):
     for bad in (float("nan"), float("inf"), -float("inf")):
         for compressor in COMPRESSORS:
@@ -130,7 +130,7 @@ def test_what_is_not_finite_is_refused_and_not_sent(workers, case):
                 TRANSPORTS[case](workers, flat, (40,), compressor, seeded_generator(1, workers.rank))
 
 
-@on_threads(2, 3, 4, each=[Sign("l1"), Sign("l2"), TopK(0.3), QSGD(3, norm="max", contractive=True)])
+@taking_turns(2, 3, 4, each=[Sign("l1"), Sign("l2"), TopK(0.3), QSGD(3, norm="max", contractive=True)])
 def test_what_is_left_out_is_sent_later_on_both_sides(workers, case):
     """Sum of means sent = sum of true means - the residual of the mean, whatever the compressor."""
     segments, steps = (20, 13), 30
@@ -149,7 +149,7 @@ def test_what_is_left_out_is_sent_later_on_both_sides(workers, case):
     assert np.abs(missing).max() > 1e-3
 
 
-@on_threads(3, each=list(TRANSPORTS))
+@taking_turns(3, each=list(TRANSPORTS))
 def test_an_unbiased_compressor_makes_an_unbiased_mean(workers, case):
     flat, draws = vector(workers.rank, 64), 300
     exact = everyones(workers, flat).mean(0)

@@ -5,7 +5,7 @@ import torch
 
 from lightning_slowmo.communication import Header, Meeting, Reason, SyncError
 from lightning_slowmo.communication.reduction import operation_name, reduce_present
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def meeting_of(workers, absent):
     return Meeting([Header(reason, pending=(0,)) for reason in reasons])
 
 
-@on_threads(2, 3, 5)
+@taking_turns(2, 3, 5)
 def test_the_result_is_that_of_the_workers_that_have_a_share(workers):
     shares = [torch.tensor([[1.5, -2.0], [rank, rank**2]]) for rank in range(workers.size)]
     present = [rank for rank in range(workers.size) if rank != 1]
@@ -29,7 +29,7 @@ def test_the_result_is_that_of_the_workers_that_have_a_share(workers):
             torch.testing.assert_close(result, function(torch.stack([shares[rank] for rank in present]), 0))
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_numbers_integers_and_nothing_can_be_reduced(workers):
     for share in (torch.tensor(2.5), torch.tensor([3, 4]), torch.zeros(0, 3)):
         own = None if workers.rank == workers.size - 1 else share
@@ -37,7 +37,7 @@ def test_numbers_integers_and_nothing_can_be_reduced(workers):
         assert result is None if own is None else (torch.equal(result, share) and result.dtype == share.dtype)
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_what_does_not_go_together_is_one_error_on_all(workers):
     own = None if workers.rank == 2 else torch.zeros(1 + workers.rank)
     with pytest.raises(SyncError, match="different tensors at the same time"):

@@ -8,7 +8,7 @@ from lightning_slowmo.bucket_sizes import DEFAULT_SIZES
 from lightning_slowmo.communication.pipeline import complete, start
 from lightning_slowmo.communication.staging import Stage, Staged
 from lightning_slowmo.communication.torch_transport import backend_for
-from tests.on_workers import on_threads
+from tests.on_workers import taking_turns
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -17,7 +17,7 @@ def staged(workers: Workers, piece_bytes: int = 40) -> Staged:
     return Staged(workers.transport, Stage(CPU), piece_bytes)
 
 
-@on_threads(2, 3)
+@taking_turns(2, 3)
 def test_a_sum_in_pieces_is_the_sum(workers):
     transport = staged(workers)
     for numel in (0, 1, 5, 23):
@@ -27,7 +27,7 @@ def test_a_sum_in_pieces_is_the_sum(workers):
         assert torch.equal(flat, torch.arange(numel, dtype=torch.float64) * total)
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_a_tensor_is_overwritten_when_the_transfer_has_ended_and_not_before(workers):
     transport = staged(workers)
     flat = torch.full((23,), float(workers.rank))
@@ -37,7 +37,7 @@ def test_a_tensor_is_overwritten_when_the_transfer_has_ended_and_not_before(work
     assert torch.equal(flat, torch.full((23,), 3.0))
 
 
-@on_threads(3)
+@taking_turns(3)
 def test_every_operation_does_what_the_transport_underneath_does(workers):
     size, rank, transport = workers.size, workers.rank, staged(workers)
     own = torch.empty(4)
@@ -59,7 +59,7 @@ def test_every_operation_does_what_the_transport_underneath_does(workers):
     assert torch.equal(came[0], torch.full((3,), float((rank - 1) % size)))
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_host_memory_is_used_again(workers):
     transport = staged(workers)
     places = []
@@ -71,7 +71,7 @@ def test_host_memory_is_used_again(workers):
     assert not transport.stage._lent
 
 
-@on_threads(2)
+@taking_turns(2)
 def test_training_over_staged_messages_is_training(workers):
     def train(workers: Workers) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(50, dtype=torch.float64))

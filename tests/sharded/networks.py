@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.out.weight = self.words.weight
         self.teacher = copy.deepcopy(self.norm).requires_grad_(False)
         self.double()
-        generator = torch.Generator().manual_seed(4)  # of its own: tests run workers in threads
+        generator = torch.Generator().manual_seed(4)  # of its own: workers take turns
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
