@@ -83,6 +83,26 @@ class QSDP:
         """How gradients are rounded."""
         return None if self.gradient_bits is None else QSGD(self.gradient_bits, bucket=self.bucket, norm="max")
 
+    def bytes_sent(
+        self, shapes: Sequence[Sequence[int]], ranks: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[int, int]:
+        """What a rank sends to gather all weights once, and to reduce all gradients once.
+
+        Args:
+            shapes: of the parameters, which ``fully_shard`` cuts along their first dimension.
+            ranks: between which they are cut.
+            dtype: of the elements that travel.
+
+        Example:
+            >>> QSDP(8, None).bytes_sent([(1024, 1024)], ranks=2)
+            (528384, 2097152)
+        """
+        shards = [(-(-shape[0] // ranks) * math.prod(shape[1:]), len(shape) > 1) for shape in shapes if shape]
+        plain = sum(length for length, _ in shards) * dtype.itemsize
+        rounding = self.weights, self.gradients
+        weights, gradients = (plain if each is None else Codec(each, shards, dtype).size for each in rounding)
+        return (ranks - 1) * weights, (ranks - 1) * gradients
+
     def apply(self, model: Module) -> QuantizedSharding:
         """Quantize the messages of all ``fully_shard`` modules in a model, itself among them; on every rank alike.
 
@@ -98,7 +118,8 @@ class QSDP:
         modules = [module for module in modules if sharding.fsdp_shards(module)]
         if not modules:
             raise ValueError(
-                f"There is no fully_shard module in {type(model).__name__}: call fully_shard before apply."
+                f"There is no fully_shard module in {type(model).__name__}, so QSDP has no messages to round: call "
+                "fully_shard first; under a strategy, in configure_model."
             )
         if any(sharding.fsdp_sizes(module)[1] for module in modules):
             raise ValueError("QSDP needs fully_shard(reshard_after_forward=True) or False, not a number of processes.")
@@ -152,14 +173,17 @@ class QuantizedSharding:
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
         """Go on where :meth:`state_dict` was, in a model that is sharded by the same modules.
 
+        What is rounded in one of the two runs alone, weights or gradients, begins anew.
+
         Raises:
             ValueError: if it is the state of another number of modules.
         """
-        if [len(state["weights"]), len(state["gradients"])] != [len(self.gathers), len(self.reductions)]:
-            raise ValueError("The state is that of a model with other fully_shard modules, or of another QSDP.")
-        for gather, drawn in zip(self.gathers, state["weights"], strict=True):
+        for kind, own in (("weights", self.gathers), ("gradients", self.reductions)):
+            if state[kind] and own and len(state[kind]) != len(own):
+                raise ValueError("The state is that of a model with other fully_shard modules.")
+        for gather, drawn in zip(self.gathers, state["weights"], strict=False):
             gather.draws, gather.version = drawn, None
-        for reduction, count in zip(self.reductions, state["gradients"], strict=True):
+        for reduction, count in zip(self.reductions, state["gradients"], strict=False):
             reduction.count = count
 
 
@@ -219,9 +243,13 @@ class QuantizedAllGather(_Message):
 
     @property
     def _present(self) -> tuple[int, ...]:
-        """How often each parameter was changed: new weights get a new shift, and the backward pass the forward's."""
+        """How often each parameter was changed: new weights get a new shift, and the backward pass the forward's.
+
+        An optimizer's step is counted by the ``DTensor``, a write to the memory of this rank's shard by that.
+        """
         with torch.no_grad():
-            return tuple(version_of(parameter.to_local()) for parameter, _ in self.shards)
+            both = ((parameter, parameter.to_local()) for parameter, _ in self.shards)
+            return tuple(version_of(tensor) for pair in both for tensor in pair)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         """Fill ``output_tensor`` with all ranks' rounded shards; nothing is rounded where nothing travels."""

@@ -16,16 +16,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import Module
 
 from lightning_slowmo import checkpoint as checkpoints
 from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.algorithms.base import require_elementwise
 from lightning_slowmo.checkpoint import Restored
+from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.hierarchy import consecutive
 from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT
 from lightning_slowmo.communication.workers import SyncError, Workers
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.pieces import Pieces, map_leaves
+from lightning_slowmo.qsdp import QSDP, QuantizedSharding
 
 DIMENSIONS = ("worker", "data_parallel", "tensor_parallel")
 """Names of the dimensions in which all processes are arranged; the last two are the users'."""
@@ -42,11 +45,15 @@ class ShardedCore(StrategyCore):
         sync_timeout: how long a worker waits for the others at a sync.
         on_nonfinite: ``"raise"`` or ``"skip"``, see :class:`~lightning_slowmo.engine.Engine`.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
+        bucket_cap_mb: size of messages between workers in MiB; None: by device, number of workers and size of the
+            shards.
+        qsdp: how the messages of ``fully_shard`` modules inside a worker are quantized; None: they are not.
 
     Attributes:
         mesh: the processes of this worker, with the dimensions ``data_parallel`` and ``tensor_parallel``; what users
             give to ``fully_shard`` and ``parallelize_module``. None until :meth:`make_groups`.
         sizes: workers, data-parallel size and tensor-parallel size; None until :meth:`make_groups`.
+        quantized: the model with quantized messages; None until :meth:`quantize`, and without ``qsdp``.
 
     Raises:
         ValueError: if an option is invalid, or the algorithm takes norms or the like over whole tensors.
@@ -61,18 +68,38 @@ class ShardedCore(StrategyCore):
         sync_timeout: timedelta | float = DEFAULT_TIMEOUT,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         offload_slow_state: Literal["cpu"] | None = None,
+        bucket_cap_mb: float | None = None,
+        qsdp: QSDP | None = None,
     ) -> None:
-        super().__init__(algorithm, sync_timeout, on_nonfinite, offload_slow_state=offload_slow_state)
+        super().__init__(
+            algorithm, sync_timeout, on_nonfinite, offload_slow_state=offload_slow_state, bucket_cap_mb=bucket_cap_mb
+        )
         require_elementwise(self.algorithm)
         _check_size("workers", workers, None)
         _check_size("data_parallel_size", data_parallel_size, "auto")
         _check_size("tensor_parallel_size", tensor_parallel_size)
         self.asked = workers, data_parallel_size, tensor_parallel_size
+        if not (qsdp is None or isinstance(qsdp, QSDP)):
+            raise ValueError(f"qsdp must be QSDP(weight_bits=8, gradient_bits=8) or the like, or None, got {qsdp!r}.")
+        self.qsdp = qsdp
+        if data_parallel_size == 1:
+            self._require_messages()
 
     def _disconnect(self) -> None:
         super()._disconnect()
         self.mesh: DeviceMesh | None = None
         self.sizes: tuple[int, int, int] | None = None
+        self.quantized: QuantizedSharding | None = None
+        self._drawn: dict[str, list[int]] = {}
+
+    def _require_messages(self) -> None:
+        """Refuse to quantize messages where every data-parallel group is one process."""
+        if self.qsdp is not None:
+            raise ValueError(
+                f"{self.qsdp} rounds what fully_shard sends between the data-parallel processes of a worker, but "
+                "data_parallel_size is 1, so it sends nothing (tensor-parallel layers are not rounded). Take a larger "
+                "data_parallel_size, or leave out qsdp."
+            )
 
     def make_groups(self, node_rank: int, local_rank: int, device: torch.device, backend: str | None = None) -> None:
         """Make this strategy's process groups and the mesh; every process must call this.
@@ -84,14 +111,16 @@ class ShardedCore(StrategyCore):
             backend: what they travel by between workers, see :meth:`Workers.from_world`.
 
         Raises:
-            ValueError: if the sizes do not make up the number of processes.
+            ValueError: if the sizes do not make up the number of processes, or leave nothing to quantize to ``qsdp``.
         """
         if self._world is dist.group.WORLD:
             return
         self._world = dist.group.WORLD
-        self.everyone = Workers.from_world(self.sync_timeout, device, backend)
+        self.everyone = Workers.from_world(self.sync_timeout, device, backend, self.bucket_cap_mb)
         machines = len({machine for (machine,) in self.everyone.gather([node_rank], "counting the machines")})
         self.sizes = sizes = arrange(*self.asked, processes=self.everyone.size, machines=machines)
+        if sizes[1] == 1:
+            self._require_messages()
         self.node, self.workers = consecutive(self.everyone, sizes[1] * sizes[2])
         # A dimension of all processes would get the default group, on which other collectives begin with meetings.
         own: dict[int | str, Any] = {
@@ -101,6 +130,33 @@ class ShardedCore(StrategyCore):
         self.mesh = whole[DIMENSIONS[1:]]
         for name in DIMENSIONS[1:]:
             self.everyone.close_also(self.mesh[name].get_group())
+
+    def quantize(self, model: Module) -> None:
+        """Let the ``fully_shard`` modules of a model send what ``qsdp`` says; every process must call this.
+
+        Args:
+            model: already sharded.
+
+        Raises:
+            ValueError: if there is no such module, or one that cannot be quantized.
+        """
+        if self.qsdp is not None:
+            # Workers round with random numbers of their own: noise that they shared would not average out.
+            own = replace(self.qsdp, seed=self.qsdp.seed + (self.workers.rank << 32))
+            self.quantized = own.apply(model)
+
+    def enter_consensus(self, reason: Reason) -> None:
+        """Load the consensus; quantized messages note how far their random numbers are."""
+        if self.quantized is not None:
+            self._drawn = self.quantized.state_dict()
+        super().enter_consensus(reason)
+
+    def leave_consensus(self, reason: Reason) -> None:
+        """Give this worker its own parameters back; its messages then draw what they would have drawn without it."""
+        inside = self.running.in_consensus
+        super().leave_consensus(reason)
+        if inside and self.quantized is not None:
+            self.quantized.load_state_dict(self._drawn)
 
     @property
     def node_group(self) -> None:
@@ -129,6 +185,9 @@ class ShardedCore(StrategyCore):
         if self.workers.rank:  # the first worker's processes have all of it
             shared = map_leaves(lambda leaf: replace(leaf, pieces=()) if isinstance(leaf, Pieces) else leaf, shared)
         kind, state = self.algorithm.kind, self.running.local_state()
+        if self.quantized is not None:
+            drawn = self._drawn if self.running.in_consensus else self.quantized.state_dict()
+            own = {**(own or {}), "qsdp": drawn}
         checkpoints.save(
             checkpoint, path, self.everyone, kind, shared, state, tuple(per_rank), write_main, self.sizes[1:], own
         )
@@ -139,6 +198,13 @@ class ShardedCore(StrategyCore):
         """Read what :meth:`save` wrote; every process must call this."""
         assert self.sizes is not None
         return checkpoints.load(checkpoint, path, self.everyone, self.algorithm.kind, weights, self.sizes[1:])
+
+    def restore(self, restored: Restored) -> None:
+        """Give the engine the state that :meth:`load` read, and the quantized messages their random numbers."""
+        super().restore(restored)
+        drawn = (restored.entries or {}).get("qsdp")
+        if self.quantized is not None and drawn is not None:
+            self.quantized.load_state_dict(drawn)
 
     def require_alike(self, numbers: Mapping[str, float]) -> None:
         """Make sure that numbers are equal on all processes of this worker, which call this together.

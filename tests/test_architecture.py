@@ -43,6 +43,7 @@ FLOORS = {
     "sharded_core": 4,
     "callbacks": 5,
     "rendezvous": 5,
+    "joining": 5,
     "unsynced": 5,
     "trainer": 5,
     "fabric": 5,

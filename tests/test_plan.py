@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lightning_slowmo
-from lightning_slowmo import PRESETS, Gossip, LocalSGD, SlowMo, Workers
+from lightning_slowmo import PRESETS, QSDP, Gossip, LocalSGD, SlowMo, Workers
 from lightning_slowmo.communication.probe import Link, measure_link
 from lightning_slowmo.compression import QSGD, SignTopK
 from lightning_slowmo.plan import (
@@ -19,13 +19,16 @@ from lightning_slowmo.plan import (
     DDP,
     SECONDS_HANDLED,
     Costs,
+    Inside,
     Prediction,
     at_period,
+    inside,
     main,
     measure_costs,
     measure_handling,
     measure_step,
     parse_bandwidth,
+    parse_bits,
     parse_count,
     parse_seconds,
     plan,
@@ -77,6 +80,25 @@ def test_a_shard_sends_and_keeps_its_part_and_the_shards_of_a_worker_share_its_l
     assert advice.strategy == "SlowMoModelParallelStrategy(SlowMo(), workers=4)"
     with pytest.raises(ValueError, match="shards must be at least 1, got 0"):
         predict(SlowMo(), MODEL, 4, 0.1, LINK, shards=0)
+
+
+def test_fsdp2_s_messages_inside_a_worker_whole_and_quantized():
+    shapes, rows = [(1001, 1000), (1000,), ()], 251  # of a shard of the first, padded
+    plain, quantized = inside(shapes, 4), inside(shapes, 4, QSDP(8, 4))
+    assert plain == Inside(2 * 3 * 4 * (rows * 1000 + 250), 3 * 4 * (rows * 1000 + 250))
+    buckets, exact = -(-rows * 1000 // 1024), 4 * 250  # the vector travels as it is
+    assert quantized.gathered == pytest.approx(2 * 3 * (rows * 1000 + 8 * buckets + exact), rel=1e-4)
+    assert quantized.reduced == pytest.approx(3 * (rows * 500 + 4 * buckets + exact), rel=1e-4)
+    assert quantized.sent == quantized.gathered + quantized.reduced
+    assert inside(shapes, 4, QSDP(None, None)) == plain
+    assert inside(shapes, 4, gathers=1).gathered == plain.gathered / 2
+    with pytest.raises(ValueError, match="there is nothing to quantize"):
+        inside(shapes, 1)
+    made = recommend(MODEL, 4, 0.001, LINK, shards=4, qsdp=QSDP(gradient_bits=4)).strategy
+    assert made == "SlowMoModelParallelStrategy(SlowMo(), workers=4, qsdp=QSDP(gradient_bits=4))"
+    assert eval(made, vars(lightning_slowmo)).core.qsdp == QSDP(8, 4)
+    slow = recommend(shapes_of(1e9), 16, 1.0, Link(1e10, 20e-3), 48, shards=2).strategy
+    assert eval(slow, vars(lightning_slowmo)).core.bucket_cap_mb > 8
 
 
 def test_ddp_hides_all_but_the_last_bucket_of_a_fast_link():
@@ -191,6 +213,7 @@ def test_the_size_of_messages_that_is_advised_is_faster():
         (parse_count, "25.6M", 25.6e6),
         (parse_count, "1.5B", 1.5e9),
         (parse_count, "25557032", 25557032),
+        *((parse_bits, text, bits) for text, bits in (("8/4", (8, 4)), ("none/8", (None, 8)), ("8/None", (8, None)))),
     ],
 )
 def test_units(parse, text, value):
@@ -205,6 +228,7 @@ def test_units(parse, text, value):
             for text in ("1", "1GB", "100 mbps", "-1gbit", "gbit", "0gbit", "1gibit", "", "nan", "inf", "1e999bit")
         ),
         *((parse_seconds, text) for text in ("1", "0.2 m", "ms", "-1ms", "1min", "", "nan", "nanms", "1e999s")),
+        *((parse_bits, text) for text in ("8", "8/", "8.0/8", "8/8/8", "no/8", "")),
         *((parse_count, text) for text in ("25.6 Mio", "M", "-3", "0", "1e", "", "nan", "inf", "1e999")),
     ],
 )
@@ -244,6 +268,19 @@ def test_the_command_prints_json(capsys):
     assert "sync_every=48" in printed["recommendation"]
 
 
+def test_the_command_says_what_shards_send_one_another(capsys):
+    main([*COMMAND, "--shards", "4", "--qsdp", "8/none"])
+    text = capsys.readouterr().out
+    shapes = shapes_of(25.6e6)
+    for name, qsdp in (("full precision", None), ("QSDP(gradient_bits=None)", QSDP(8, None))):
+        messages = inside(shapes, 4, qsdp)
+        assert f"{messages.sent / 1e9:.4g} GB a step with {name}: " in text
+    assert "workers=32, qsdp=QSDP(gradient_bits=None))" in text
+    main([*COMMAND, "--shards", "4", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["inside"] == {"full precision": vars(inside(shapes, 4))}
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
@@ -260,6 +297,9 @@ def test_the_command_prints_json(capsys):
         ([*COMMAND, "--params", "nan"], "'nan' is no number of parameters"),
         ([*COMMAND, "--sync-every", "-1"], "--sync-every must be at least 1"),
         ([*COMMAND, "--bucket-cap-mb", "0"], "--bucket-cap-mb must be None or a number of MiB"),
+        ([*COMMAND, "--qsdp", "8/8"], "--qsdp needs --shards of at least 2"),
+        ([*COMMAND, "--shards", "2", "--qsdp", "8"], "'8' are no bits of weights and gradients: write 8/8"),
+        ([*COMMAND, "--shards", "2", "--qsdp", "8/1"], "gradient_bits is 1; allowed are 2 to 16"),
         ([*COMMAND, "--step", "a:b"], "--step needs --measure"),
         (["--measure", "--params", "3M"], "--measure needs torchrun"),
     ],

@@ -77,8 +77,9 @@ _AT_THE_END = {Reason.EPOCH_END, Reason.VALIDATION}
 """Where a worker may be whose batches have run out, while others still train."""
 
 ONE_RANK_ALONE = (
-    " Call trainer.save_checkpoint() and enter trainer.strategy.consensus() on all ranks. To write on rank 0 alone: "
-    "`with trainer.strategy.consensus(): if trainer.is_global_zero: torch.save(model.state_dict(), path)`."
+    " Save (trainer.save_checkpoint, fabric.save) and enter strategy.consensus() on all ranks. To write on rank 0 "
+    "alone: `with strategy.consensus(): if strategy.is_global_zero: torch.save(model.state_dict(), path)`; strategy "
+    "is trainer.strategy or fabric.strategy."
 )
 """What to do instead of saving or exporting on one rank alone."""
 

@@ -13,21 +13,21 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_slowmo import private, rendezvous
+from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
-from lightning_slowmo.communication import Reason, nccl
+from lightning_slowmo.communication import Reason
 from lightning_slowmo.communication.timeouts import as_timeout
 from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.fabric.base import Run
 from lightning_slowmo.fabric.checkpoints import CheckpointsMixin
 from lightning_slowmo.fabric.collectives import CollectivesMixin
+from lightning_slowmo.joining import check_ddp_kwargs, join, refuse_devices
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
 from lightning_slowmo.unsynced import refuse_steps
 
@@ -60,6 +60,8 @@ class SlowMoFabricMixin(CollectivesMixin, CheckpointsMixin):
         ddp_kwargs: arguments for DistributedDataParallel inside nodes, such as ``{"find_unused_parameters": True}``.
         shard_slow_state: whether each worker keeps only its share of anchor and slow momentum.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
+        bucket_cap_mb: size of messages in MiB, as DDP's option of that name, equal on all workers. None: 8, or more for
+            many workers and large models.
         accelerator: set by Fabric.
         parallel_devices: set by Fabric.
         cluster_environment: set by Fabric, or a plugin of the user's.
@@ -82,6 +84,7 @@ class SlowMoFabricMixin(CollectivesMixin, CheckpointsMixin):
         ddp_kwargs: dict[str, Any] | None = None,
         shard_slow_state: bool = False,
         offload_slow_state: Literal["cpu"] | None = None,
+        bucket_cap_mb: float | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -109,12 +112,9 @@ class SlowMoFabricMixin(CollectivesMixin, CheckpointsMixin):
             workers_per_node,
             shard_slow_state,
             offload_slow_state,
+            bucket_cap_mb,
         )
-        self.ddp_kwargs = ddp_kwargs or {}
-        if self.ddp_kwargs and workers_per_node is None:
-            raise ValueError(
-                "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
-            )
+        self.ddp_kwargs = check_ddp_kwargs(ddp_kwargs, self.core)
         self._run = Run()
         self._backward_sync_control: Any = self  # which has the method that Fabric looks for
 
@@ -145,30 +145,12 @@ class SlowMoFabricMixin(CollectivesMixin, CheckpointsMixin):
 
     def setup_environment(self) -> None:
         """Join the process group, then make this strategy's own groups beside it."""
-        if self.root_device.type == "mps":
-            raise ValueError(
-                "MPS devices cannot take part in torch.distributed. Use Fabric(accelerator='cpu', devices=...)."
-            )
-        plugins = self.package.plugins
-        if isinstance(self.precision, (plugins.FSDPPrecision, plugins.DeepSpeedPrecision, plugins.XLAPrecision)):
-            raise ValueError(
-                f"{type(self.precision).__name__} belongs to a strategy that shards the model; {type(self).__name__} "
-                "keeps a whole model on each worker. Use Fabric(precision=...) instead."
-            )
+        refuse_devices(self, self.precision, self.package, "Fabric")
         environment = self.cluster_environment
         assert environment is not None
         environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         environment.set_world_size(self.num_nodes * self.num_processes)
-        store = rendezvous.for_strategy(self, self.core.sync_timeout)
-        with nccl.settings(nccl.ENDS_IN_TIME):
-            super().setup_environment()
-        del store  # the process group has its own by now
-        if dist.get_world_size() < self.world_size:
-            raise RuntimeError(
-                f"torch.distributed was initialized with {dist.get_world_size()} process(es) before, but this Fabric "
-                f"has {self.world_size}. Use a script for each number of devices."
-            )
-        self.core.make_groups(self.node_rank, self.local_rank, self.root_device, self.process_group_backend)
+        join(self, self.core, super().setup_environment, "Fabric")
 
     def setup_module_and_optimizers(
         self, module: Module, optimizers: list[Optimizer], scheduler: Any = None

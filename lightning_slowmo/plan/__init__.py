@@ -17,6 +17,7 @@ to slow down while messages travel.
 
 from lightning_slowmo.plan.advice import GOOD_ENOUGH, LONG, Advice, at_period, plan, recommend
 from lightning_slowmo.plan.command import load, main, parser, table
+from lightning_slowmo.plan.inside import GATHERS, Inside, inside
 from lightning_slowmo.plan.measure import measure_costs, measure_handling, measure_step, synthetic
 from lightning_slowmo.plan.model import (
     BACKWARD_SHARE,
@@ -30,27 +31,31 @@ from lightning_slowmo.plan.model import (
     transfer_seconds,
     work_seconds,
 )
-from lightning_slowmo.plan.units import TENSORS, parse_bandwidth, parse_count, parse_seconds, shapes_of
+from lightning_slowmo.plan.units import TENSORS, parse_bandwidth, parse_bits, parse_count, parse_seconds, shapes_of
 
 __all__ = [
     "BACKWARD_SHARE",
     "COSTS",
     "DDP",
     "DDP_BUCKETS",
+    "GATHERS",
     "GOOD_ENOUGH",
     "LONG",
     "SECONDS_HANDLED",
     "TENSORS",
     "Advice",
     "Costs",
+    "Inside",
     "Prediction",
     "at_period",
+    "inside",
     "load",
     "main",
     "measure_costs",
     "measure_handling",
     "measure_step",
     "parse_bandwidth",
+    "parse_bits",
     "parse_count",
     "parse_seconds",
     "parser",

@@ -13,6 +13,7 @@ from lightning_slowmo.algorithms.source import source
 from lightning_slowmo.communication.probe import Link
 from lightning_slowmo.plan.model import DDP, Prediction, predict
 from lightning_slowmo.presets import PRESETS
+from lightning_slowmo.qsdp import QSDP
 from lightning_slowmo.traffic import AT_ONCE
 
 LONG = 12
@@ -90,8 +91,9 @@ def recommend(
     sync_every: int = 12,
     bucket_cap_mb: float | None = None,
     shards: int = 1,
+    qsdp: QSDP | None = None,
 ) -> Advice:
-    """What to do; the arguments are those of :func:`plan`.
+    """What to do; the arguments are those of :func:`plan`, and how messages between shards are quantized.
 
     The order is that of how little training changes: DDP, local steps with slow momentum, fewer syncs, fewer bits
     (which do not go with shards).
@@ -101,15 +103,18 @@ def recommend(
         return predict(algorithm, shapes, workers, step, link, bucket_cap_mb=cap, shards=shards).step
 
     def advise(name: str, algorithm: Algorithm, text: str) -> Advice:
-        if shards > 1:
-            return Advice(name, f"SlowMoModelParallelStrategy({source(algorithm)}, workers={workers})", text)
         cap = bucket_cap_mb
         if cap is None:
-            wanted = cap_for(link, workers, 4 * sum(math.prod(shape) for shape in shapes))
+            own = replace(link, bandwidth=link.bandwidth / shards)
+            wanted = cap_for(own, workers, 4 * sum(math.prod(shape) for shape in shapes) // shards)
             if seconds(algorithm, wanted) < WORTH_IT * seconds(algorithm):
                 cap = wanted
                 text += f" Messages of {cap} MiB wait less for the latency: {seconds(algorithm, cap) / step:.2f} times."
-        return Advice(name, strategy_of(algorithm, cap), text)
+        if shards == 1:
+            return Advice(name, strategy_of(algorithm, cap), text)
+        options = [source(algorithm), f"workers={workers}", *([] if cap is None else [f"bucket_cap_mb={cap:g}"])]
+        options += [] if qsdp is None else [f"qsdp={source(qsdp)}"]
+        return Advice(name, f"SlowMoModelParallelStrategy({', '.join(options)})", text)
 
     ddp = predict(DDP(), shapes, workers, step, link, shards=shards).step
     stay = partial(Advice, "ddp", '"ddp"' if shards == 1 else "ModelParallelStrategy()")

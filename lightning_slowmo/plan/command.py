@@ -13,13 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_slowmo.algorithms.source import source
 from lightning_slowmo.bucket_sizes import check_bucket_cap
 from lightning_slowmo.communication import Workers
 from lightning_slowmo.communication.probe import Link, measure_link
 from lightning_slowmo.plan.advice import plan, recommend
+from lightning_slowmo.plan.inside import inside
 from lightning_slowmo.plan.measure import measure_step, synthetic
 from lightning_slowmo.plan.model import Prediction
-from lightning_slowmo.plan.units import parse_bandwidth, parse_count, parse_seconds, shapes_of
+from lightning_slowmo.plan.units import parse_bandwidth, parse_bits, parse_count, parse_seconds, shapes_of
+from lightning_slowmo.qsdp import QSDP
 
 LATENCY = 2e-4
 """Seconds of a short message, there and back, where ``--latency`` is not given."""
@@ -68,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
         "python -m lightning_slowmo.plan", description="How long a training step would take under each strategy."
     )
 
-    def checked(parse: Callable[[str], float]) -> Callable[[str], float]:
-        def read(text: str) -> float:
+    def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+        def read(text: str) -> Any:
             try:
                 return parse(text)
             except ValueError as error:
@@ -88,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--bucket-cap-mb", type=float, help="size of messages in MiB, as the strategy's option")
     arguments.add_argument(
         "--shards", type=int, default=1, help="processes of a worker, each with a shard of the model"
+    )
+    arguments.add_argument(
+        "--qsdp",
+        metavar="WEIGHTS/GRADIENTS",
+        type=checked(lambda text: QSDP(*parse_bits(text))),
+        help="with --shards: bits of what FSDP2 sends inside a worker, such as 8/8 or 8/none",
     )
     arguments.add_argument("--measure", action="store_true", help="under torchrun: measure what is not given")
     arguments.add_argument(
@@ -123,12 +132,19 @@ def main(command: Sequence[str] | None = None) -> None:
         return
     shapes, step, link, workers = setting
     rows = plan(shapes, workers, step, link, given.sync_every, given.bucket_cap_mb, given.shards)
-    advice = recommend(shapes, workers, step, link, given.sync_every or 12, given.bucket_cap_mb, given.shards)
+    advice = recommend(
+        shapes, workers, step, link, given.sync_every or 12, given.bucket_cap_mb, given.shards, given.qsdp
+    )
+    sharded = {} if given.shards == 1 else {"full precision": inside(shapes, given.shards)}
+    if given.qsdp is not None:
+        sharded[source(given.qsdp)] = inside(shapes, given.shards, given.qsdp)
     numel = sum(math.prod(shape) for shape in shapes)
     if given.json:
         known = {name: asdict(row) if isinstance(row, Prediction) else row for name, row in rows.items()}
         inputs = {"params": numel, "step": step, "workers": workers, "shards": given.shards, **asdict(link)}
-        told = {"recommendation": advice.text, "recommended": advice.name, "strategy": advice.strategy}
+        told: dict[str, Any] = {"recommendation": advice.text, "recommended": advice.name, "strategy": advice.strategy}
+        if sharded:
+            told["inside"] = {name: asdict(messages) for name, messages in sharded.items()}
         print(json.dumps({"inputs": inputs, "predicted": known, **told}, indent=2))
         return
     print(f"{numel:,} parameters, {1e3 * step:.1f} ms of computation a step, {workers} workers,")
@@ -137,7 +153,12 @@ def main(command: Sequence[str] | None = None) -> None:
         print(
             f"each worker {given.shards} shards that share its link; bytes and memory are those of one shard, and ddp"
         )
-        print("averages the gradients of equal shards at every step (HSDP)")
+        print("averages the gradients of equal shards at every step (HSDP); inside a worker a shard sends")
+        for name, messages in sharded.items():
+            print(
+                f"{messages.sent / 1e9:.4g} GB a step with {name}: {messages.gathered / 1e9:.4g} of weights, gathered "
+                f"twice, and {messages.reduced / 1e9:.4g} of gradients"
+            )
     print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n    Trainer(strategy={advice.strategy})")
 
 
@@ -157,6 +178,8 @@ def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             reader.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if given.qsdp is not None and given.shards == 1:
+        reader.error("--qsdp needs --shards of at least 2: one shard alone sends nothing inside its worker")
     try:
         check_bucket_cap(given.bucket_cap_mb)
     except ValueError as error:

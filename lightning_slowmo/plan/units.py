@@ -47,6 +47,19 @@ def parse_count(text: str) -> float:
     return number
 
 
+def parse_bits(text: str) -> tuple[int | None, int | None]:
+    """Bits of weights and of gradients from ``8/8``, ``8/4``, ``none/8``; None for full precision.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    match = re.fullmatch(r"(\d+|none)/(\d+|none)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} are no bits of weights and gradients: write 8/8, 8/4 or none/8.")
+    weights, gradients = (None if bits.lower() == "none" else int(bits) for bits in match.groups())
+    return weights, gradients
+
+
 def shapes_of(params: float) -> list[tuple[int, ...]]:
     """Shapes of a model of which only the size is known: :data:`TENSORS` matrices, as nearly square as may be."""
     each = max(1, round(params / TENSORS))

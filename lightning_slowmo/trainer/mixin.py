@@ -14,16 +14,15 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_slowmo import private, rendezvous
+from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm, SyncReport
 from lightning_slowmo.callbacks import AtSyncMixin, refuse_local_pruning
-from lightning_slowmo.communication import nccl
 from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT, as_timeout
 from lightning_slowmo.core import StrategyCore
+from lightning_slowmo.joining import check_ddp_kwargs, join, refuse_devices
 from lightning_slowmo.presets import LAUNCHERS, PRESETS
 from lightning_slowmo.trainer.base import Fit
 from lightning_slowmo.trainer.batch_norm import NodeBatchNorm
@@ -130,13 +129,9 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
             offload_slow_state,
             bucket_cap_mb,
         )
-        self.ddp_kwargs = ddp_kwargs or {}
+        self.ddp_kwargs = check_ddp_kwargs(ddp_kwargs, self.core)
         self.log_syncs = log_syncs
         self.start_method = start_method
-        if self.ddp_kwargs and workers_per_node is None:
-            raise ValueError(
-                "ddp_kwargs apply inside nodes only, but workers_per_node is None: nothing is wrapped in DDP."
-            )
         self._fit = Fit()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,32 +177,13 @@ class SlowMoMixin(CollectivesMixin, CheckpointsMixin, OptimizersMixin, LoopsMixi
 
     def setup_environment(self) -> None:
         """Refuse devices and plugins that cannot work, before anything is started."""
-        if self.root_device.type == "mps":
-            raise ValueError(
-                "MPS devices cannot take part in torch.distributed. Use Trainer(accelerator='cpu', devices=...)."
-            )
-        plugins = self.package.plugins
-        if isinstance(self.precision_plugin, (plugins.FSDPPrecision, plugins.DeepSpeedPrecision, plugins.XLAPrecision)):
-            raise ValueError(
-                f"{type(self.precision_plugin).__name__} belongs to a strategy that shards the model; "
-                f"{type(self).__name__} keeps a whole model on each worker. Use Trainer(precision=...) instead."
-            )
+        refuse_devices(self, self.precision_plugin, self.package, "Trainer")
         super().setup_environment()
 
     def setup_distributed(self) -> None:
         """Join the process group, then make this strategy's own groups beside it."""
         self.set_world_ranks()
-        store = rendezvous.for_strategy(self, self.core.sync_timeout)
-        with nccl.settings(nccl.ENDS_IN_TIME):
-            super().setup_distributed()
-        del store  # the process group has its own by now
-        if dist.get_world_size() < self.world_size:
-            raise RuntimeError(
-                f"torch.distributed was initialized with {dist.get_world_size()} process(es) before, by a Trainer with "
-                f"fewer devices perhaps, but this one has {self.world_size}. Use a script for each, or a strategy that "
-                f"starts its own processes for every fit, such as '{type(self).strategy_name}_spawn'."
-            )
-        self.core.make_groups(self.node_rank, self.local_rank, self.root_device, self.process_group_backend)
+        join(self, self.core, super().setup_distributed, "Trainer")
 
     def configure_ddp(self) -> None:
         """Start all workers from rank 0's model, as DDP does, but wrap it inside nodes only: steps are local."""

@@ -15,7 +15,9 @@ from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.communication.timeouts import DEFAULT_TIMEOUT
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.private.model_parallel import join_model_parallel, set_device_mesh
+from lightning_slowmo.qsdp import QSDP, QuantizedSharding
 from lightning_slowmo.sharded_core import ShardedCore
+from lightning_slowmo.trainer.clipping import clip_over_meshes
 from lightning_slowmo.trainer.mixin import SlowMoMixin
 from lightning_slowmo.trainer.sharded_checkpoints import ShardedCheckpointsMixin
 
@@ -78,11 +80,15 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
             ``"raise"`` on all workers, or ``"skip"`` that worker and give it the mean of the others.
         offload_slow_state: ``"cpu"`` to keep anchor and slow momentum in the CPU's memory.
         log_syncs: whether ``sync/...`` metrics go to the Trainer's loggers at each sync. The drift is of one shard.
+        bucket_cap_mb: size of messages between workers in MiB, as DDP's option of that name, equal on all processes.
+            None: 8, or more for many workers and large shards.
+        qsdp: rounds the weights and gradients that ``fully_shard`` modules send inside a worker, such as
+            ``QSDP(weight_bits=8, gradient_bits=8)``; None: they travel as they are.
         process_group_backend: backend of torch.distributed; by default NCCL on GPUs and gloo on CPUs.
         timeout: limit for the operations of torch.distributed.
 
     Raises:
-        ValueError: if the algorithm's name is unknown, it is not elementwise, or a size is invalid.
+        ValueError: if the algorithm's name is unknown, it is not elementwise, or a size or another option is invalid.
 
     Example::
 
@@ -109,6 +115,8 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         offload_slow_state: Literal["cpu"] | None = None,
         log_syncs: bool = True,
+        bucket_cap_mb: float | None = None,
+        qsdp: QSDP | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | float | None = DEFAULT_TIMEOUT,
     ) -> None:
@@ -119,8 +127,17 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        sizes = workers, data_parallel_size, tensor_parallel_size
-        self.core = ShardedCore(algorithm, *sizes, self.core.sync_timeout, on_nonfinite, offload_slow_state)
+        self.core = ShardedCore(
+            algorithm,
+            workers,
+            data_parallel_size,
+            tensor_parallel_size,
+            self.core.sync_timeout,
+            on_nonfinite,
+            offload_slow_state,
+            bucket_cap_mb,
+            qsdp,
+        )
         self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @classmethod
@@ -131,17 +148,26 @@ class ShardedMixin(ShardedCheckpointsMixin, SlowMoMixin):
                 description = f"{PRESETS[algorithm]!r} between workers of FSDP2 shards"
                 strategy_registry.register(name, cls, description=description, algorithm=algorithm)
 
+    @property
+    def quantized(self) -> QuantizedSharding | None:
+        """The model with quantized messages, which counts them in ``quantized.traffic``; None without ``qsdp``."""
+        return self.core.quantized
+
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
-        """Set up model, optimizers and engine."""
+        """Set up model, quantized messages, optimizers and engine."""
         if private.sync_batch_norm(self) is not None:
             raise ValueError(
                 "Trainer(sync_batchnorm=True) does not reach modules that configure_model has sharded. Call "
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm there, before fully_shard, with "
                 "process_group=self.device_mesh['data_parallel'].get_group()."
             )
+        assert self.model is not None
+        self.core.quantize(self.model)
         super().setup(trainer)
+        if trainer.state.fn == "fit":
+            self._fit.undo.append(clip_over_meshes(self.precision_plugin))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from lightning_slowmo.trainer.clipping import clip_by_norm
+
 WORDS, WIDTH = 7, 5
 
 
@@ -53,18 +55,18 @@ class Network(nn.Module):
                 other.lerp_(own, 0.1)
 
 
-def shard(network: Network, mesh, wrapped: bool = False, **options) -> Network:
+def shard(network: Network, mesh, compiler: str | None = None, **options) -> Network:
     """Tensor parallelism in the middle if the mesh has it, and FSDP2 around.
 
     Args:
         network: is changed.
         mesh: of a worker.
-        wrapped: whether one layer recomputes its activations, and another one is compiled.
+        compiler: what compiles one layer, while another recomputes its activations.
         options: of ``fully_shard``.
     """
-    if wrapped:
+    if compiler is not None:
         network.up = checkpoint_wrapper(network.up)
-        network.down = torch.compile(network.down, backend="eager")
+        network.down = torch.compile(network.down, backend=compiler)
     if mesh["tensor_parallel"].size() > 1:
         parallelize_module(network, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     data = mesh["data_parallel"]
@@ -106,7 +108,7 @@ def train(engine, network, optimizer, worker, steps, place=0, places=1, clip=Non
             (network.loss(batch(worker, 50 * part + step, place, places)) / accumulate).backward()
         engine.after_backward()
         if clip is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), clip)
+            clip_by_norm(network.parameters(), clip)
         optimizer.step()
         network.teach()
         engine.after_step()

@@ -3,13 +3,15 @@
 import warnings
 from datetime import timedelta
 from functools import cache
+from math import prod
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_slowmo import Engine, SlowMo, SlowMoModelParallelStrategy
+from lightning_slowmo import QSDP, Engine, SlowMo, SlowMoModelParallelStrategy
 from lightning_slowmo.communication.in_process import in_process, together
 from tests.harness import run_trainers
 from tests.sharded.modules import BATCHES, MetaInitialised, Sharded, loader, numbers
@@ -18,6 +20,16 @@ from tests.trainer.models import L, all_finite, distance, trainer
 
 ALGORITHM = SlowMo(sync_every=3)
 CLIP = 0.5
+
+
+class Streamed(IterableDataset):
+    """Batches whose number nobody knows."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 class Start(Callback):
@@ -38,6 +50,11 @@ FITS = {
     "one worker": {"sizes": (1, 4, 1), "resume": "slowmo/step=8.ckpt"},
     "tensor parallel": {"sizes": (2, 1, 2)},
     "poisoned": {"poison": True, "on_nonfinite": "skip"},
+    "quantized": {"qsdp": QSDP(), "save": "quantized"},
+    "quantized resumed": {"qsdp": QSDP(), "resume": "quantized/step=8.ckpt"},
+    "bf16": {"precision": "bf16-true"},
+    "without length": {"streamed": True, "batches": (8, 8, 5, 5)},
+    "half": {"sizes": (1, 2, 1), "resume": "slowmo/step=8.ckpt"},
     "four workers": {"sizes": (4, 1, 1), "resume": "slowmo/step=8.ckpt"},
     "stock": {"sizes": (1, 4, 1), "strategy": "stock", "resume": "slowmo/step=8.ckpt"},
     "adam": {"adam": True, "save": "adam", "whole": True},
@@ -45,12 +62,12 @@ FITS = {
     "adam of tensor parallel workers": {"sizes": (2, 1, 2), "adam": True, "resume": "adam/step=8.ckpt", "whole": True},
     "ddp": {"sizes": (4, 1, 1), "strategy": "ddp", "adam": True, "resume": "adam/step=8.ckpt", "save": "ddp"},
     "after ddp": {"adam": True, "resume": "ddp/step=16.ckpt", "max_epochs": 3},
-    "meta": {"module": MetaInitialised},
+    "meta": {"module": MetaInitialised, "qsdp": QSDP()},
     "fewer batches for a worker": {"batches": (8, 8, 5, 5)},
     "uneven": {"batches": (8, 8, 8, 7)},
 }
-QUICK = ("slowmo", "resumed", "one worker", "tensor parallel", "poisoned", "uneven")
-SLOW = tuple(name for name in FITS if name not in QUICK[2:])
+QUICK = ("slowmo", "resumed", "one worker", "tensor parallel", "poisoned", "quantized", "quantized resumed", "uneven")
+SLOW = tuple(name for name in FITS if name not in (*QUICK[2:], "half"))
 
 
 def scenarios(rank, folder, names):
@@ -68,6 +85,8 @@ def scenarios(rank, folder, names):
         whole=False,
         max_epochs=2,
         batches=(BATCHES,) * 4,
+        precision=None,
+        streamed=False,
         **options,
     ):
         ours = strategy == "ours"
@@ -79,17 +98,20 @@ def scenarios(rank, folder, names):
         module = module(adam=adam)
         module.poison_at = 4 if poison and rank == 2 else None
         worker, place = divmod(rank, sizes[1] * sizes[2])
-        start, clip = Start(), CLIP if sizes[2] == 1 else None  # torch takes no norm of tensors on different meshes
+        start = Start()
         saving = [ModelCheckpoint(f"{folder}/{save}", "{step}", save_top_k=-1, every_n_train_steps=8)] if save else []
         fitting = trainer(
-            4,
+            prod(sizes),
             strategy,
             callbacks=[*saving, *([start] if ours else [])],
             enable_checkpointing=bool(save),
-            gradient_clip_val=clip,
+            gradient_clip_val=CLIP,
             max_epochs=max_epochs,
+            precision=precision,
         )
         data = loader(worker, place // sizes[2], sizes[1], batches[rank])
+        if streamed:
+            data = DataLoader(Streamed(data.dataset), batch_size=None)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fitting.fit(module, data, loader(9), ckpt_path=f"{folder}/{resume}" if resume else None)
@@ -101,7 +123,10 @@ def scenarios(rank, folder, names):
             "momentum": start.momentum,
             "warnings": [str(warning.message) for warning in caught],
             "sampler": fitting.strategy.distributed_sampler_kwargs,
+            "dtypes": {parameter.dtype for parameter in module.parameters()},
         }
+        if ours and strategy.quantized:
+            found[name]["quantized"] = strategy.quantized.traffic.sent, strategy.quantized.state_dict()
 
     for name in names:
         if name == "uneven":  # the last, after which nobody communicates
@@ -116,17 +141,17 @@ def scenarios(rank, folder, names):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    return folder, run_trainers(4, scenarios, str(folder), QUICK, limit=600)
+    return folder, run_trainers(4, scenarios, str(folder), QUICK, limit=900)
 
 
 @pytest.fixture(scope="module")
 def trained_more(tmp_path_factory):
     folder = tmp_path_factory.mktemp("more")
-    return folder, run_trainers(4, scenarios, str(folder), SLOW, limit=600)
+    return folder, run_trainers(4, scenarios, str(folder), SLOW, limit=900)
 
 
 @cache
-def on_whole_models(clip):
+def on_whole_models():
     """What two workers with whole models and the whole batches do, in plain loops."""
 
     def one(workers):
@@ -135,12 +160,12 @@ def on_whole_models(clip):
         optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
         engine = Engine(ALGORITHM, [optimizer], workers, module=network)
-        losses = []
+        losses, norms = [], []
         for step in range(2 * BATCHES):
             network.teach()
             optimizer.zero_grad()
             network.loss(batch(workers.rank, step % BATCHES)).backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)))
             optimizer.step()
             engine.after_step()
             schedule.step()
@@ -148,6 +173,7 @@ def on_whole_models(clip):
                 with engine.consensus(), torch.no_grad():
                     losses += [float(network.loss(batch(9, step))) for step in range(BATCHES)]
         engine.finish()
+        assert max(norms) > CLIP
         return losses, numbers(network), engine.total.count
 
     return together(in_process(2, timedelta(seconds=20)), one)[0]
@@ -157,8 +183,8 @@ pytestmark = pytest.mark.processes
 
 
 def test_two_workers_of_two_shards_do_what_two_whole_models_do(trained):
-    for name, clip in (("slowmo", CLIP), ("tensor parallel", float("inf"))):
-        losses, end, syncs = on_whole_models(clip)
+    losses, end, syncs = on_whole_models()
+    for name in ("slowmo", "tensor parallel"):
         for results in trained[1]:
             found = results[name]
             assert found["syncs"] == syncs
@@ -272,10 +298,46 @@ def test_nan_in_one_worker_is_skipped_by_all_of_its_processes(trained):
 
 
 @pytest.mark.faults
-def test_workers_may_have_different_numbers_of_batches(trained_more):
-    name = "fewer batches for a worker"
+@pytest.mark.parametrize("name", ["fewer batches for a worker", "without length"])
+def test_workers_may_have_different_numbers_of_batches(trained_more, name):
     for results in trained_more[1]:
         assert results[name]["end"] == trained_more[1][0][name]["end"]
+        assert results[name]["syncs"] == trained_more[1][0]["fewer batches for a worker"]["syncs"]
+
+
+def test_quantized_messages_train_nearly_the_same_and_resume_bit_for_bit(trained):
+    ranks = [results["quantized"] for results in trained[1]]
+    for rank, found in enumerate(ranks):
+        assert found["end"] == ranks[0]["end"]
+        assert 1e-6 < distance(found["end"], trained[1][rank]["slowmo"]["end"]) < 0.1
+        sent, state = found["quantized"]
+        assert sent > 0
+        assert state == {"weights": [2 * BATCHES] * 4, "gradients": [2 * BATCHES] * 4}  # of four modules
+        resumed = trained[1][rank]["quantized resumed"]
+        assert resumed["end"] == found["end"]
+        assert resumed["validated"] == found["validated"][BATCHES:]
+        assert resumed["quantized"][1] == state
+
+
+@pytest.mark.faults
+def test_models_of_sixteen_bits_train_nearly_the_same(trained_more):
+    for results in trained_more[1]:
+        found = results["bf16"]
+        assert found["dtypes"] == {torch.bfloat16}
+        assert found["end"] == trained_more[1][0]["bf16"]["end"]
+        assert 0 < distance(found["end"], results["slowmo"]["end"]) < 0.1
+
+
+@pytest.mark.faults
+def test_half_as_many_processes_go_on(trained_more):
+    folder, ranks = trained_more
+    half = run_trainers(2, scenarios, str(folder), ("half",), limit=300)
+    for results in half:
+        assert results["half"]["start"] == ranks[0]["four workers"]["start"]
+        assert results["half"]["end"] == half[0]["half"]["end"]
+    assert assembled(half, "half") == assembled(ranks, "resumed")
+    [text] = [text for text in half[0]["half"]["warnings"] if "left behind" in text]
+    assert "was saved by 2 workers of 2 x 1 shards and is continued by 1 workers of 2 x 1 shards" in text
 
 
 def test_processes_of_a_worker_may_not(trained):

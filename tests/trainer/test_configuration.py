@@ -5,7 +5,16 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
-from lightning_slowmo import DiLoCo, LocalSGD, SlowMo, SlowMoStrategy, SparseLoCo, SQuARM
+from lightning_slowmo import (
+    QSDP,
+    DiLoCo,
+    LocalSGD,
+    SlowMo,
+    SlowMoModelParallelStrategy,
+    SlowMoStrategy,
+    SparseLoCo,
+    SQuARM,
+)
 from lightning_slowmo.compression import SignTopK
 from tests.trainer.models import Regression, data
 
@@ -75,6 +84,34 @@ def test_flags_of_lightning_cli_give_the_strategy(arguments, algorithm):
     strategy = cli(*arguments).trainer.strategy
     assert type(strategy) is SlowMoStrategy
     assert strategy.algorithm == algorithm
+
+
+SHARDED = """
+trainer:
+  strategy:
+    class_path: lightning_slowmo.SlowMoModelParallelStrategy
+    init_args:
+      algorithm: diloco
+      workers: 2
+      bucket_cap_mb: 25
+      qsdp: {weight_bits: 8, gradient_bits: null}
+"""
+
+
+def test_flags_yaml_and_hydra_give_a_sharded_strategy_its_qsdp(tmp_path):
+    name, file = "lightning_slowmo.SlowMoModelParallelStrategy", tmp_path / "config.yaml"
+    file.write_text(SHARDED)
+    flags = [f"--trainer.strategy={name}", "--trainer.strategy.qsdp.gradient_bits=4"]
+    nested = {"_target_": "lightning_slowmo.QSDP", "weight_bits": 4}
+    made = {
+        QSDP(8, None): cli(f"--config={file}").trainer.strategy,
+        QSDP(8, 4): cli(*flags).trainer.strategy,
+        QSDP(4, 8): hydra.utils.instantiate(OmegaConf.create({"_target_": name, "qsdp": nested})),
+    }
+    for qsdp, strategy in made.items():
+        assert type(strategy) is SlowMoModelParallelStrategy
+        assert strategy.core.qsdp == qsdp
+    assert made[QSDP(8, None)].bucket_cap_mb == 25
 
 
 def test_yaml_of_lightning_cli_gives_the_nested_algorithm_and_trains(tmp_path):

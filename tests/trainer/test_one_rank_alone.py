@@ -154,7 +154,7 @@ def test_one_rank_alone_gives_all_ranks_an_error_that_says_what_to_do(tmp_path, 
     for name in CASES:
         for rank, result in enumerate(results):
             text, after = result[name]
-            assert "enter trainer.strategy.consensus() on all ranks" in text, (name, rank, text)
+            assert "enter strategy.consensus() on all ranks" in text, (name, rank, text)
             assert after < SOON, (name, rank, after)
 
 
