@@ -63,7 +63,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Bend links, and put code in."""
+    """Bend links, and put code in; where it stands beside equations, the table of contents makes room for it."""
+    if 'class="beside"' in markdown:
+        page.meta.setdefault("hide", ["toc"])
     here = in_repository(page.file.src_uri)
 
     def bend(match: re.Match[str]) -> str:
