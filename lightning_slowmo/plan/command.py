@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -138,7 +139,7 @@ def main(command: Sequence[str] | None = None) -> None:
             f"each worker {given.shards} shards that share its link; bytes and memory are those of one shard, and ddp"
         )
         print("averages the gradients of equal shards at every step (HSDP)")
-    print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n    Trainer(strategy={advice.strategy})")
+    print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n{textwrap.indent(advice.written, ' ' * 4)}")
 
 
 def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:
