@@ -26,9 +26,20 @@ README = "overview.md"
 PAGES = ["CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/results/README.md", "benchmarks/NOTES.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("recipes/results/*/*.md"))]
 
+SHOWN = {
+    "SlowMoMixin": "SlowMoStrategy",
+    "SimulatedMixin": "SimulatedStrategy",
+    "ShardedMixin": "SlowMoModelParallelStrategy",
+    "SlowMoFabricMixin": "SlowMoFabricStrategy",
+    "AtSyncMixin": "EMAAtSync",
+    "PruneConsensusMixin": "PruneConsensus",
+}
+"""What a user calls the classes that the reference takes docstrings from."""
+
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 SOURCE = re.compile(r"^( *)<!-- source: (\S+) (\S+) -->$", re.M)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.S)
+SIGNED = re.compile(r'(doc-signature.*?<span class="nf">)(\w+)(</span>)')
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^\"'>\s]+[^>]*>")
 
 
@@ -63,7 +74,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Bend links, and put code in."""
+    """Bend links, and put code in; where it stands beside equations, the table of contents makes room for it."""
+    if 'class="beside"' in markdown:
+        page.meta.setdefault("hide", ["toc"])
     here = in_repository(page.file.src_uri)
 
     def bend(match: re.Match[str]) -> str:
@@ -91,12 +104,14 @@ def code_of(path: str, name: str) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Formulas to MathML."""
+    """Formulas to MathML, and signatures under the names that users write."""
 
     def formula(match: re.Match[str]) -> str:
         latex = (match[2] or match[3]).replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
-        return convert(latex.strip(), display="inline" if match[2] else "block")
+        made = convert(latex.strip(), display="inline" if match[2] else "block")
+        return made.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # both bars of a norm alike
 
+    html = SIGNED.sub(lambda match: match[1] + SHOWN.get(match[2], match[2]) + match[3], html)
     return FORMULA.sub(formula, html)
 
 

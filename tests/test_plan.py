@@ -256,7 +256,7 @@ def test_the_command_prints_a_table_and_advice(capsys):
     [marked] = [row[1] for row in rows if row[0]]
     advice = recommend(shapes_of(25.6e6), 32, 0.17, Link(1e9, 2e-4))
     assert marked == f"`{advice.name}`"
-    assert text.endswith(f"\n\n    Trainer(strategy={advice.strategy})\n")
+    assert text.endswith(f"import QPRSGD, SlowMoStrategy\n    Trainer(strategy={advice.strategy})\n")
 
 
 def test_the_command_prints_json(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,6 +82,19 @@ class Advice:
     name: str
     strategy: str
     text: str
+
+    @property
+    def written(self) -> str:
+        """Lines for a script: a Trainer with ``strategy``, and the import if that is of this package.
+
+        Example:
+            >>> print(Advice("slowmo", "SlowMoStrategy(SlowMo(sync_every=12))", "it pays").written)
+            from lightning_slowmo import SlowMo, SlowMoStrategy
+            Trainer(strategy=SlowMoStrategy(SlowMo(sync_every=12)))
+        """
+        names = sorted(set(re.findall(r"\b[A-Z]\w*(?=\()", self.strategy))) if self.name != "ddp" else []
+        imports = f"from lightning_slowmo import {', '.join(names)}\n" if names else ""
+        return f"{imports}Trainer(strategy={self.strategy})"
 
 
 def recommend(

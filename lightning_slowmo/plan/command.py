@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -159,7 +160,7 @@ def main(command: Sequence[str] | None = None) -> None:
                 f"{messages.sent / 1e9:.4g} GB a step with {name}: {messages.gathered / 1e9:.4g} of weights, gathered "
                 f"twice, and {messages.reduced / 1e9:.4g} of gradients"
             )
-    print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n    Trainer(strategy={advice.strategy})")
+    print(f"\n{table(rows, step, advice.name)}\n\n{advice.text}\n\n{textwrap.indent(advice.written, ' ' * 4)}")
 
 
 def _check(reader: argparse.ArgumentParser, given: argparse.Namespace) -> None:

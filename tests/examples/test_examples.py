@@ -49,6 +49,13 @@ def test_the_quickstart_sends_a_twelfth_and_draws(tmp_path: Path):
     assert (tmp_path / "quickstart.png").exists()
 
 
+def test_fabric_goes_on_from_its_checkpoint_and_learns(tmp_path: Path):
+    *epochs, report = run(tmp_path, "fabric.py").splitlines()
+    assert [numbers(line)[0] for line in epochs] == [4, 5, 6, 7, 8]
+    assert numbers(epochs[-1])[1] > 80  # 10 by guessing
+    assert "bytes_sent" in report
+
+
 def test_lora_sends_what_it_trains_and_nothing_else(tmp_path: Path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
