@@ -376,7 +376,7 @@ def test_what_cannot_work_is_refused(found):
 @pytest.mark.processes
 def test_with_eight_bits_digits_are_learned_as_well_as_in_full_precision():
     found = {bits: torch.tensor(results) for bits, results in run(2, digits, limit=600)[0].items()}
-    print("| bits | held-out loss | wrong of 357 |\n|---|---|---|")
+    print("\n| bits | held-out loss | wrong of 357 |\n|---|---|---|")
     for bits, results in found.items():
         cells = [f"{column.mean():.4f} ± {column.std():.4f}" for column in results.T]
         print(f"| {bits} | {' | '.join(cells)} |")
