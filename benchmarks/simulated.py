@@ -3,6 +3,7 @@
     python -m benchmarks.simulated                                      # this machine's GPU if it has one, else its CPU
     python -m benchmarks.simulated --workers 4 --batch 16 --steps 3     # minutes on a CPU
     python -m benchmarks.simulated --workers 256 --memory               # what a million parameters take, on a CPU
+    python -m benchmarks.simulated --host                               # Python's part of a worker's step, on a CPU
 
 Trains the ResNet-18 of the recipes on random images of CIFAR-10's size through the Trainer, once with one worker under
 Lightning's single device strategy and once with simulated ones, in turns, and compares the time of a worker's step.
@@ -16,13 +17,15 @@ import resource
 import time
 import warnings
 from functools import partial
-from statistics import median
+from itertools import pairwise
+from statistics import median, quantiles
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_slowmo import PRESETS, SimulatedStrategy, SlowMo
+from lightning_slowmo import PRESETS, LocalSGD, SimulatedStrategy, SlowMo
+from lightning_slowmo.replicas import Stage
 from recipes.images import ImageClassifier
 from recipes.images.data import InMemoryImages
 from recipes.images.networks import cifar_resnet18
@@ -113,6 +116,97 @@ def peak_memory(workers):
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
+class Given(torch.autograd.Function):
+    """A loss with a gradient of zeros for everything, which takes no time to compute."""
+
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.save_for_backward(*parameters)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
+class Small(L.LightningModule):
+    """As many parameters and buffers as ResNet-18 has, 62 and 60, of a few elements each."""
+
+    def __init__(self):
+        super().__init__()
+        pairs = [(torch.nn.Linear(4, 4, bias=False), torch.nn.BatchNorm1d(4)) for _ in range(20)]
+        self.net = torch.nn.Sequential(*(layer for pair in pairs for layer in pair), torch.nn.Linear(4, 4))
+
+    def training_step(self, batch, batch_idx):
+        return Given.apply(*self.net.parameters())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Processor(L.Callback):
+    """Notes the processor's time at the end of each step, which other work on the machine hardly changes."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.times = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.times.append(time.process_time())
+
+
+def microseconds_per_worker_step(strategy, workers, steps):
+    """The lower quartile over the steps, after the first ten."""
+    clock = Processor()
+    trainer = L.Trainer(
+        strategy=strategy,
+        devices=1,
+        accelerator="cpu",
+        max_steps=steps + 10,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Small(), DataLoader([torch.zeros(1)] * (steps + 10) * workers, batch_size=None))
+    times = clock.times[9:]
+    return 1e6 * quantiles([b - a for a, b in pairwise(times)], n=4)[0] / workers
+
+
+def microseconds_on_stage(static):
+    """What one worker's coming and going takes, with gradients, apart from everything that the Trainer does."""
+    module = Small()
+    optimizer = module.configure_optimizers()
+    stage = Stage(module, [optimizer], 8, static)
+    took = []
+    for _ in range(100):
+        for index in range(8):
+            start = time.process_time()
+            stage.put(index)
+            middle = time.process_time()
+            module.training_step(None, 0).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            end = time.process_time()
+            stage.clear(drop_gradients=True)
+            took.append(time.process_time() - end + middle - start)
+    return 1e6 * quantiles(took[80:], n=4)[0]
+
+
+def report_host(workers, steps, repeats):
+    """Print what Python takes of a worker's step."""
+    for _ in range(repeats):
+        alone = microseconds_per_worker_step("auto", 1, 10 * steps)
+        ours = {
+            name: microseconds_per_worker_step(SimulatedStrategy(algorithm, workers), workers, steps)
+            for name, algorithm in {"without syncs": LocalSGD(10**9), "slowmo": SlowMo(sync_every=12)}.items()
+        }
+        said = ", ".join(f"{name} {took:.0f} ({took - alone:+.0f})" for name, took in ours.items())
+        print(f"us per worker's step: Lightning alone {alone:.0f}, {workers} workers {said}")
+        stage = [f"{what} {microseconds_on_stage(static):.0f}" for what, static in (("pointed to", 0), ("copied", 1))]
+        print(f"us of coming to the stage and leaving it: {', '.join(stage)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=32)
@@ -122,6 +216,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--compile", help="a mode of torch.compile for the network; on a GPU reduce-overhead")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--host", action="store_true", help="measure Python's part instead, of no network")
     arguments = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -129,6 +224,9 @@ def main():
     if arguments.memory:
         peak, state = peak_memory(arguments.workers), 4 * 4 * sum(p.numel() for p in Wide().parameters())
         print(f"{peak / 1e9:.2f} GB, {peak / (arguments.workers * state):.2f} x parameters, momentum and slow state")
+        return
+    if arguments.host:
+        report_host(arguments.workers, arguments.steps, arguments.repeats)
         return
     gpu = torch.cuda.is_available()
     compile = arguments.compile or ("reduce-overhead" if gpu else None)

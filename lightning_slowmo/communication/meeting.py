@@ -297,7 +297,8 @@ def meet(
     """
     purpose = header.reason.name.lower().replace("_", " ")
     rows = workers.gather(header.numbers(), f"the meeting before {purpose}")
-    meeting = Meeting([Header.of(row) for row in rows], members)
+    headers = {row: Header.of(row) for row in set(map(tuple, rows))}  # of many workers, most say the same
+    meeting = Meeting([headers[tuple(row)] for row in rows], members)
     meeting.check(workers, together)
     return meeting
 

@@ -93,9 +93,9 @@ def take_turns(functions: Sequence[Callable[[], None]]) -> None:
     turns = [_Turn(function) for function in functions]
     try:
         while turns:
-            able = [turn for turn in turns if turn.ready()]
+            able = {id(turn) for turn in turns if turn.ready()}
             if able:
-                turns = [turn for turn in turns if turn not in able or turn.go_on(stuck=False)]
+                turns = [turn for turn in turns if id(turn) not in able or turn.go_on(stuck=False)]
             else:  # the first one is told, and will tell the others
                 turns = turns[1:] if not turns[0].go_on(stuck=True) else turns
     finally:

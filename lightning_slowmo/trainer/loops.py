@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_slowmo import private
 from lightning_slowmo.communication import Reason, SyncError
 from lightning_slowmo.trainer.base import StrategyPart
-from lightning_slowmo.trainer.summary import steps_left, warn_of_few_steps
+from lightning_slowmo.trainer.summary import warn_of_short_fit
 
 
 class LoopsMixin(StrategyPart):
@@ -57,9 +57,7 @@ class LoopsMixin(StrategyPart):
         lengths = [length for (length,) in self.core.everyone.gather([float(fit.max_batches)])]
         if fit.max_batches == 0 and any(lengths):
             fit.max_batches = math.inf
-        if not self.core.everyone.alone and self._trainer.lightning_module.automatic_optimization:
-            left = steps_left(self._trainer, self.package, max(lengths))
-            warn_of_few_steps(self.core.algorithm, left, self.core.running.units[0].innermost.pending)
+        warn_of_short_fit(self._trainer, self.package, self.core, max(lengths))
 
     def _finish(self) -> None:
         """All workers get the consensus, and training ends."""

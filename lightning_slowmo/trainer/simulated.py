@@ -29,10 +29,10 @@ from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, SyncError
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.private import simulated as loops
-from lightning_slowmo.replicas import Stage
-from lightning_slowmo.trainer.deal import Deal
+from lightning_slowmo.replicas import Stage, memory_of_worker
+from lightning_slowmo.trainer.deal import DealingMixin
 from lightning_slowmo.trainer.loops import wrap_method
-from lightning_slowmo.trainer.simulated_state import SimulatedState
+from lightning_slowmo.trainer.summary import Summary, warn_of_short_fit
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ WORKERS_VARIABLE = "LIGHTNING_SLOWMO_WORKERS"
 """Environment variable with the number of workers, where the strategy is named and not made."""
 
 
-class SimulatedMixin(SimulatedState):
+class SimulatedMixin(DealingMixin):
     """The part of :class:`~lightning_slowmo.SimulatedStrategy` that does not depend on which Lightning it serves.
 
     Args:
@@ -49,8 +49,8 @@ class SimulatedMixin(SimulatedState):
         on_nonfinite: what happens when a worker's parameters have become NaN or infinite: ``"raise"``, or ``"skip"``
             that worker and give it the mean of the others.
         offload_slow_state: ``"cpu"`` to keep the workers' anchors and slow momentum in the CPU's memory.
-        log_syncs: whether the first worker's ``sync/...`` metrics go to the Trainer's loggers at each sync. There is no
-            ``sync/seconds``: nothing was sent.
+        log_syncs: whether the first worker's ``sync/...`` metrics go to the Trainer's loggers at each sync, and a line
+            with the totals to Lightning's log after the fit. There are no seconds in syncs: nothing was sent.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer; one device.
         checkpoint_io: set by the Trainer, or a plugin of the user's.
@@ -69,6 +69,7 @@ class SimulatedMixin(SimulatedState):
     algorithm = property(attrgetter("core.algorithm"), doc="The configuration that all workers have.")
     workers = property(attrgetter("core.workers"), doc="The workers, as the first one knows them.")
     engine = property(attrgetter("core.engine"), doc="The first worker's engine; None before fit.")
+    _static: bool | None = None  # whether addresses are kept, as for graphs of a GPU; None: on GPUs
 
     def __init__(
         self,
@@ -94,10 +95,11 @@ class SimulatedMixin(SimulatedState):
     def _connect(self) -> None:
         self._stage: Stage | None = None
         self._states: list[loops.LoopState] = []
-        self._deals: list[Deal] = []
+        self._deals = []
         self._dealing = False
         self._restored: list[Restored] = []
         self._undo: list[Callable[[], None]] = []
+        self._summary = Summary(timed=False)
         for core, workers in zip(self.cores, in_process(len(self.cores)), strict=True):
             core.join(workers)
 
@@ -142,7 +144,8 @@ class SimulatedMixin(SimulatedState):
         ]
         super().setup(trainer)
         assert self.lightning_module is not None
-        self._stage = Stage(self.lightning_module, self.optimizers, len(self.cores))
+        self._check_memory()
+        self._stage = Stage(self.lightning_module, self.optimizers, len(self.cores), self._static)
         replicas = self._stage.replicas
 
         def make_engine(core: StrategyCore) -> None:
@@ -151,36 +154,18 @@ class SimulatedMixin(SimulatedState):
 
         self._on_all(make_engine)
 
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Deal out the batches of training loaders to the workers."""
-        dataloader = super().process_dataloader(dataloader)
-        if not self._dealing:
-            return dataloader
-        self._deals.append(Deal(dataloader, len(self.cores)))
-        return self._deals[-1]
-
-    def _deal_out(self, setup_data: Callable[[], None]) -> None:
-        """Make the training loaders, each of which serves all workers."""
-        present, self._deals, self._dealing = self._deals, [], True
-        try:
-            setup_data()
-        finally:
-            self._dealing = False
-            self._deals = self._deals or present
-        if not self._deals:
-            return
-        if loops.uses_iterator(self._trainer):
-            raise ValueError(
-                "training_step takes dataloader_iter, but simulated workers are dealt batches. Let it take a batch."
-            )
-        mode = loops.combination(self._trainer)
-        if len(self._deals) > 1 and mode not in ("min_size", "max_size_cycle"):
-            raise ValueError(
-                f"The training loaders are combined by {mode!r}, but simulated workers can be dealt batches of several "
-                "loaders only where each step takes one of each: by 'min_size' or 'max_size_cycle'."
-            )
-
     # Training ---------------------------------------------------------------------------------------------------------
+
+    def _check_memory(self) -> None:
+        """Refuse more workers than a GPU has memory for."""
+        if self.root_device.type == "cuda":
+            assert self.lightning_module is not None
+            workers = len(self.cores)
+            memory = memory_of_worker(self.lightning_module, self.optimizers, self.algorithm, workers)
+            device = self.root_device
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + unused
+            memory.check(workers, free, self.core.offload_slow_state is not None)
 
     def _on_sync(self, core: StrategyCore, agreed: bool) -> None:
         """Call the callbacks that act at syncs, as the first worker would."""
@@ -196,6 +181,9 @@ class SimulatedMixin(SimulatedState):
     def _run_fit(self, run: Callable[[], None]) -> None:
         """Run the fit loop; also where it has nothing to do, all workers end with the consensus."""
         self._set_training(True)
+        fit = self._trainer.fit_loop
+        fit.setup_data()
+        warn_of_short_fit(self._trainer, self.package, self.core, fit.max_batches)
         run()
         if self.core.training:
             self._finish()
@@ -258,11 +246,6 @@ class SimulatedMixin(SimulatedState):
         """Whether the present batch's gradients are kept for a later step."""
         return loops.accumulates(self._trainer)
 
-    def _batches_of_others(self) -> list[Any]:
-        """The present batch of every worker but the first, by rank."""
-        dealt = [deal.others() for deal in self._deals]
-        return [loops.combine(self._trainer, batches) for batches in zip(*dealt, strict=True)]
-
     def _take_stage(self, index: int) -> None:
         assert self._stage is not None
         if self._stage.current != index:
@@ -306,10 +289,11 @@ class SimulatedMixin(SimulatedState):
         """Exchange gradients, for the algorithms that do, before they are clipped."""
         super().post_backward(closure_loss)
         stage = self._stage
-        if stage is None or stage.current is None or not self.core.training or self._accumulates:
+        if stage is None or stage.current is None or not self.core.training:
             return
         index = stage.current
-        if any(unit.innermost.exchanges_gradients for unit in self.cores[index].running.units):
+        exchanges = any(unit.innermost.exchanges_gradients for unit in self.cores[index].running.units)
+        if exchanges and not self._accumulates:
             scaler = getattr(self.precision_plugin, "scaler", None)
             loss_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
             self._on_engine(index, lambda core: core.running.after_backward(loss_scale))
@@ -322,6 +306,8 @@ class SimulatedMixin(SimulatedState):
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if private.skips_backward(self._trainer):  # this epoch changes statistics alone, so there is nothing to sync
             return output
+        if index == 0:
+            self._summary.stepped(place)
         report = self._on_engine(index, lambda core: core.running.after_step(place), last=self._ends_with_step)
         if report is not None and self.log_syncs and index == 0:
             metrics = report.metrics() | {"sync/count": self.core.running.total.count}
@@ -337,9 +323,11 @@ class SimulatedMixin(SimulatedState):
         self._set_training(False)
 
     def on_train_end(self) -> None:
-        """All workers end with the consensus."""
+        """All workers end with the consensus, and a line says what it would have taken to send."""
         super().on_train_end()
         self._finish()
+        if self.log_syncs:
+            self._summary.log(self.core, self.package)
 
     def on_exception(self, exception: BaseException) -> None:
         """After Ctrl-C the workers end with the consensus; after an error nothing is averaged any more."""

@@ -65,10 +65,29 @@ def _period(algorithm: Algorithm) -> int:
     return sync_every.shortest if isinstance(sync_every, Schedule) else sync_every
 
 
-class Summary:
-    """Counts what :meth:`line` says."""
+def warn_of_short_fit(trainer: Any, package: ModuleType, core: StrategyCore, batches: float) -> None:
+    """Warn where a fit that is about to begin ends before the first period does.
 
-    def __init__(self) -> None:
+    Args:
+        trainer: with its limits, at the beginning of the fit or where it resumes.
+        package: the Lightning that it belongs to.
+        core: of the strategy, with its engine.
+        batches: of an epoch, infinity if unknown.
+    """
+    if not core.everyone.alone and trainer.lightning_module.automatic_optimization:
+        pending = core.running.units[0].innermost.pending
+        warn_of_few_steps(core.algorithm, steps_left(trainer, package, batches), pending)
+
+
+class Summary:
+    """Counts what :meth:`line` says.
+
+    Args:
+        timed: whether the seconds of a sync are those of messages; those of simulated workers are not.
+    """
+
+    def __init__(self, timed: bool = True) -> None:
+        self._timed = timed
         self.start()
 
     def start(self) -> None:
@@ -99,7 +118,7 @@ class Summary:
             self._steps[index] * sum(p.numel() * p.element_size() for p in unit.layout.parameters)
             for index, unit in enumerate(engine.units)
         )
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(time.perf_counter() - self._start, 1e-9) if self._timed else None
         return describe(engine.total, 2 * (workers - 1) / workers * gradients, seconds)
 
     def log(self, core: StrategyCore, package: ModuleType) -> None:
@@ -114,13 +133,13 @@ class Summary:
             logging.getLogger(package.__name__).info(line)
 
 
-def describe(total: SyncReport, ddp_bytes: float, seconds: float) -> str:
+def describe(total: SyncReport, ddp_bytes: float, seconds: float | None) -> str:
     """Totals in words.
 
     Args:
         total: of all syncs of a worker.
         ddp_bytes: that DDP would have sent in the same steps.
-        seconds: of the fit.
+        seconds: of the fit; None where those of its syncs say nothing.
 
     Example:
         >>> describe(SyncReport(21_800_000, 21_800_000, 0.12, 0.01, count=24, largest_drift=0.034), 261_800_000, 4.0)
@@ -128,8 +147,8 @@ def describe(total: SyncReport, ddp_bytes: float, seconds: float) -> str:
     """
     syncs = f"{total.count} sync{'' if total.count == 1 else 's'}"
     sent = f"{_megabytes(total.bytes_sent)} MB sent per worker (DDP would have sent {_megabytes(ddp_bytes)})"
-    share = f"{min(100, 100 * total.seconds / seconds):.0f} % of the time in syncs"
-    return f"{syncs}, {sent}, {share}, largest drift {total.largest_drift:.2g}"
+    share = "" if seconds is None else f"{min(100, 100 * total.seconds / seconds):.0f} % of the time in syncs, "
+    return f"{syncs}, {sent}, {share}largest drift {total.largest_drift:.2g}"
 
 
 def _megabytes(count: float) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import re
-from functools import partial
 
 import lightning as L
 import pytest
@@ -12,7 +11,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_slowmo import Engine, LocalSGD, SimulatedStrategy, SlowMo, SlowMoStrategy, Workers, together
-from lightning_slowmo.replicas import Stage
 from tests.harness import run_trainers
 from tests.trainer.models import Regression, distance, numbers, trainer
 from tests.trainer.test_simulated import Model, batches, loader
@@ -240,52 +238,47 @@ def tensors_alive():
     return sum(storages.values())
 
 
-def test_workers_of_one_stage_do_not_mix():
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.Adam(module.parameters())
-    stage = Stage(module, [optimizer], 3)
-    for index in range(3):
-        stage.put(index)
-        torch.manual_seed(index)
-        module(torch.randn(4, 2) + index).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    values = []
-    for index in range(3):
-        stage.put(index)
-        values.append(numbers(module))
-        assert int(optimizer.state[module[0].weight]["step"]) == 1
-        assert int(module[1].num_batches_tracked) == 1
-    assert min(distance(values[a], values[b]) for a, b in ((0, 1), (1, 2), (0, 2))) > 0
-    stage.put(1)
-    draws = torch.rand(1)
-    stage.put(2)
-    stage.put(1)
-    assert torch.rand(1) != draws  # the stream goes on
+class Compiled(Model):
+    """Its network is compiled; what stands around it needs no gradient."""
+
+    def __init__(self, backend):
+        super().__init__("slowmo")
+        self.compiled = torch.compile(self.net, backend=backend, fullgraph=True)
+
+    def loss(self, batch):
+        return torch.nn.functional.mse_loss(self.compiled(batch[0]), batch[1])
 
 
-def test_an_optimizer_that_holds_another_one_is_swapped_with_it():
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, parameters, inner):
-            self.inner = inner(parameters)
-            super().__init__(self.inner.param_groups, {})
-            self.param_groups = self.inner.param_groups
-            self.steps = 0
+@pytest.mark.parametrize("static", [False, True], ids=["pointed to", "copied"])
+def test_one_graph_serves_all_workers(static):
+    """Nothing is compiled anew when workers change, with values that are pointed to, or copied as on a GPU."""
+    graphs = []
 
-        def step(self, closure=None):
-            self.steps += 1
-            return self.inner.step(closure)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
 
-    module = torch.nn.Linear(2, 1)
-    optimizer = Wrapper(module.parameters(), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-    stage = Stage(module, [optimizer], 2)
-    for index in (0, 0, 1):
-        stage.put(index)
-        module(torch.ones(1, 2) * (1 + index)).sum().backward()
-        optimizer.step()
-    buffers = []
-    for index in (0, 1):
-        stage.put(index)
-        buffers.append((optimizer.steps, optimizer.inner.state[module.weight]["momentum_buffer"].clone()))
-    assert [steps for steps, _ in buffers] == [2, 1]
-    assert not torch.equal(buffers[0][1], buffers[1][1])
+    def train(module):
+        strategy = SimulatedStrategy(ALGORITHM, 3)
+        strategy._static = static
+        torch.manual_seed(1)
+        trainer(1, strategy, precision="64-true", max_steps=6).fit(module, alike(range(3)))
+        return numbers(module.net)
+
+    torch.compiler.reset()
+    expected = train(Model("slowmo"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert distance(train(Compiled(backend)), expected) < 1e-12
+    assert len(graphs) == 1
+
+
+def test_values_that_are_copied_train_as_those_that_are_pointed_to():
+    trained = []
+    for static in (False, True):
+        strategy = SimulatedStrategy(ALGORITHM, 3)
+        strategy._static = static
+        torch.manual_seed(1)
+        module = Model("slowmo", dropout=0.5)
+        trainer(1, strategy, precision="64-true", max_steps=10, accumulate_grad_batches=2).fit(module, loader(range(3)))
+        trained.append(numbers(module))
+    assert distance(*trained) == 0

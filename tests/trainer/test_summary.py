@@ -4,12 +4,14 @@ import logging
 import math
 import re
 import warnings
+from functools import cache, partial
 
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from torch.utils.data import DataLoader
 
-from lightning_slowmo import AllReduce, DiLoCo, Gossip, LocalSGD, SlowMo, SlowMoStrategy, SyncReport
+from lightning_slowmo import AllReduce, DiLoCo, Gossip, LocalSGD, SimulatedStrategy, SlowMo, SlowMoStrategy, SyncReport
 from lightning_slowmo.algorithms.schedules import Stages
 from lightning_slowmo.trainer.summary import describe, steps_left, warn_of_few_steps
 from tests.harness import run_trainers
@@ -55,6 +57,9 @@ def test_the_line_says_what_was_counted():
     assert describe(report, 900, 2.0) == (
         "1 sync, 2.5 MB sent per worker (DDP would have sent 0.0009), 25 % of the time in syncs, largest drift 0.12"
     )
+    assert describe(report, 900, None) == (
+        "1 sync, 2.5 MB sent per worker (DDP would have sent 0.0009), largest drift 0.12"
+    )
 
 
 def test_the_largest_drift_is_that_of_all_syncs():
@@ -94,30 +99,50 @@ CASES = {
 }
 
 
-def fits(rank):
-    """Warnings and lines of each case, the report, and of a silent fit; then those of a fit that goes on."""
+def fits(strategy, devices, loader):
+    """Warnings, lines and the report of each case, with a strategy for its algorithm; also of silent fits."""
     said = {}
     log = logging.getLogger("lightning.pytorch")
+    level = log.level
     log.setLevel(logging.INFO)
     for name, (algorithm, limits) in CASES.items():
         for silent in (False, True):
             lines = logging.Handler()
             lines.emit = lambda record, own=(written := []): own.append(record.getMessage())
             log.addHandler(lines)
-            strategy = SlowMoStrategy(algorithm, log_syncs=not silent)
-            fitting = trainer(2, strategy, **limits)
+            fitting = trainer(devices, strategy(algorithm, log_syncs=not silent), **limits)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                fitting.fit(Regression(), data(rank))
+                fitting.fit(Regression(), loader)
             log.removeHandler(lines)
             texts = [str(each.message) for each in caught if "sync_every=" in str(each.message)]
-            said[name, silent] = texts, [line for line in written if "MB sent" in line], vars(strategy.report)
+            said[name, silent] = texts, [line for line in written if "MB sent" in line], vars(fitting.strategy.report)
+    log.setLevel(level)
     return said
+
+
+def real_fits(rank):
+    return fits(SlowMoStrategy, 2, data(rank))
+
+
+@cache
+def real():
+    return run_trainers(2, real_fits, limit=180)
+
+
+@pytest.mark.processes
+def test_simulated_workers_say_what_processes_would_but_for_seconds():
+    dealt = [batch for step in zip(data(0), data(1), strict=True) for batch in step]
+    simulated = fits(partial(SimulatedStrategy, workers=2), 1, DataLoader(dealt, batch_size=None))
+    for case, (warned, lines, report) in real()[0].items():
+        untimed = [re.sub(r"\d+ % of the time in syncs, ", "", line) for line in lines]
+        assert simulated[case][:2] == (warned, untimed), case
+        assert simulated[case][2]["bytes_sent"] == report["bytes_sent"], case
 
 
 @pytest.mark.processes
 def test_a_fit_begins_with_one_warning_if_it_is_too_short_and_ends_with_one_line():
-    first, second = run_trainers(2, fits, limit=180)
+    first, second = real()
     expected = {
         "too short": "10 steps, sync_every=500: the workers will meet once, at the end",
         "accumulated": "4 steps, sync_every=5: the workers will meet once, at the end",

@@ -1,0 +1,6 @@
+"""Many workers that share one model: what each has of its own, and the stage on which they take turns."""
+
+from lightning_slowmo.replicas.memory import Memory, memory_of_worker
+from lightning_slowmo.replicas.stage import Replica, Stage
+
+__all__ = ["Memory", "Replica", "Stage", "memory_of_worker"]

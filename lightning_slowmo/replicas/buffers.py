@@ -1,0 +1,104 @@
+"""Buffers of a module that workers share: each worker's take the place of those of the one before."""
+
+from __future__ import annotations
+
+from operator import is_
+
+from torch import Tensor
+from torch.nn import Module
+
+from lightning_slowmo.private import is_persistent
+from lightning_slowmo.private.twins import buffers_of
+from lightning_slowmo.replicas.rows import Copying
+
+
+class BuffersOnStage:
+    """The buffers of the stage's module and of a worker's twin of it.
+
+    Args:
+        stage: the module on which training steps run.
+        own: the worker's.
+        static: whether values are copied, so that the stage's buffers keep their addresses; otherwise the stage's
+            module gets the worker's tensors.
+    """
+
+    def __init__(self, stage: Module, own: Module, static: bool) -> None:
+        self._static = static
+        self._pairs = [
+            (other, mine, buffers_of(other), buffers_of(mine))
+            for other, mine in zip(stage.modules(), own.modules(), strict=True)
+        ]
+        self._look()
+
+    def put(self) -> None:
+        """Let the stage have the worker's buffers."""
+        if not self._static:
+            for stage, own, theirs, mine in self._pairs:
+                if len(mine) != len(theirs):
+                    _register(own, stage)
+                if mine:
+                    theirs.update(mine)
+        elif self._copying is not None and self._is_as_before():
+            self._copying.back()
+        else:
+            for stage, own, _, _ in self._pairs:
+                _copy(own, stage)
+            self._look()
+
+    def take(self) -> None:
+        """Let the worker have what has become of them."""
+        if not self._static:
+            for stage, own, theirs, mine in self._pairs:
+                if len(mine) != len(theirs):
+                    _register(stage, own)
+                if theirs:
+                    mine.update(theirs)
+        elif self._copying is not None and self._is_as_before():
+            self._copying.forth()
+        else:
+            for stage, own, _, _ in self._pairs:
+                _copy(stage, own)
+            self._look()
+
+    def _present(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        theirs = [buffer for _, _, buffers, _ in self._pairs for buffer in buffers.values()]
+        return theirs, [buffer for _, _, _, buffers in self._pairs for buffer in buffers.values()]
+
+    def _look(self) -> None:
+        """Note which tensors both have now, and whether they can be copied one to one."""
+        self._known = theirs, mine = self._present()
+        pairs = [(a, b) for a, b in zip(theirs, mine, strict=False) if a is not None and b is not None]
+        self._alike = (
+            all(list(others) == list(own) for _, _, others, own in self._pairs)
+            and len(pairs) == len(theirs) == len(mine)
+            and all(a.shape == b.shape for a, b in pairs)
+        )
+        self._copying = Copying([a for a, _ in pairs], [b for _, b in pairs]) if self._alike else None
+
+    def _is_as_before(self) -> bool:
+        """Whether both have the tensors that they had: nothing was registered or bound anew."""
+        return all(
+            len(now) == len(known) and all(map(is_, now, known))
+            for now, known in zip(self._present(), self._known, strict=True)
+        )
+
+
+def _register(source: Module, target: Module) -> None:
+    """Register the buffers of one module that another does not have yet."""
+    for key, buffer in buffers_of(source).items():
+        if key not in buffers_of(target):
+            target.register_buffer(key, buffer, is_persistent(source, key))
+
+
+def _copy(source: Module, target: Module) -> None:
+    """Give a module the buffers of another, in its own memory where they fit into it."""
+    _register(source, target)
+    theirs = buffers_of(target)
+    for key, buffer in buffers_of(source).items():
+        other = theirs[key]
+        if buffer is other:  # registered just now
+            theirs[key] = buffer if buffer is None else buffer.clone()
+        elif buffer is not None and other is not None and other.shape == buffer.shape:
+            other.copy_(buffer)
+        else:
+            theirs[key] = None if buffer is None else buffer.clone()

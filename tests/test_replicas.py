@@ -1,0 +1,292 @@
+"""Workers that share one model, whether the stage points to their values or copies them in and out as on a GPU."""
+
+import random
+import re
+import sys
+from ctypes import string_at
+from functools import partial
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from lightning_slowmo import DiLoCo, LocalSGD, SlowMo
+from lightning_slowmo.replicas import Memory, Stage, memory_of_worker
+from lightning_slowmo.replicas.optimizers import move_together
+from lightning_slowmo.replicas.randomness import MT19937_BYTES, Randomness
+from lightning_slowmo.replicas.rows import Rows
+from tests.trainer.models import distance, numbers
+
+both = pytest.mark.parametrize("static", [False, True], ids=["pointed to", "copied"])
+sizes = pytest.mark.parametrize("width", [2, 4], ids=["unaligned", "aligned"])
+
+
+def small(width=4):
+    return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+
+
+@both
+@sizes
+def test_workers_of_one_stage_do_not_mix(static, width):
+    module = small(width)
+    optimizer = torch.optim.Adam(module.parameters())
+    stage = Stage(module, [optimizer], 3, static)
+    for index in range(3):
+        stage.put(index)
+        torch.manual_seed(index)
+        module(torch.randn(4, width) + index).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values = []
+    for index in range(3):
+        stage.put(index)
+        values.append(numbers(module))
+        assert int(optimizer.state[module[0].weight]["step"]) == 1
+        assert int(module[1].num_batches_tracked) == 1
+    assert min(distance(values[a], values[b]) for a, b in ((0, 1), (1, 2), (0, 2))) > 0
+    stage.put(1)
+    draws = torch.rand(1)
+    stage.put(2)
+    stage.put(1)
+    assert torch.rand(1) != draws  # the stream goes on
+    stage.retire()
+    assert distance(numbers(module), values[1]) == 0
+
+
+def test_every_worker_draws_as_if_it_were_alone():
+    """NumPy keeps the second of two normal numbers beside its bits, Python's generator none: all orders are mixed."""
+    plan = [["randn"], ["rand", "randn", "randn"], ["randn", "rand"], [], ["randn", "randn", "randn"], ["rand"]]
+
+    def draw(kinds):
+        for kind in kinds:
+            yield float(getattr(numpy.random, kind)())
+        yield random.gauss(0, 1)
+        yield torch.rand(1).item()
+
+    def seed():
+        numpy.random.seed(3)  # noqa: NPY002
+        random.seed(3)
+        torch.manual_seed(3)
+
+    turns = [[plan[(step + worker) % len(plan)] for step in range(12)] for worker in range(3)]
+    expected = []
+    for worker in range(3):
+        seed()
+        expected.append([list(draw(kinds)) for kinds in turns[worker]])
+    seed()
+    workers = [Randomness(torch.device("cpu")) for _ in range(3)]
+    drawn = [[], [], []]
+    for step in range(12):
+        for worker in (0, 2, 1):
+            workers[worker].restore()
+            drawn[worker].append(list(draw(turns[worker][step])))
+            workers[worker].note()
+    assert drawn == expected
+
+
+def test_the_memory_of_numpys_generator_is_read_where_it_is():
+    bits = numpy.random.MT19937(1)
+    raw = string_at(bits.ctypes.state_address, MT19937_BYTES)
+    state = bits.state["state"]
+    assert numpy.frombuffer(raw[:-4], numpy.uint32).tolist() == state["key"].tolist()
+    assert int.from_bytes(raw[-4:], sys.byteorder) == state["pos"]
+
+
+@both
+def test_an_optimizer_that_holds_another_one_is_swapped_with_it(static):
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, parameters, inner):
+            self.inner = inner(parameters)
+            super().__init__(self.inner.param_groups, {})
+            self.param_groups = self.inner.param_groups
+            self.steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return self.inner.step(closure)
+
+    module = nn.Linear(2, 1)
+    optimizer = Wrapper(module.parameters(), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    stage = Stage(module, [optimizer], 2, static)
+    for index in (0, 0, 1):
+        stage.put(index)
+        module(torch.ones(1, 2) * (1 + index)).sum().backward()
+        optimizer.step()
+    buffers = []
+    for index in (0, 1):
+        stage.put(index)
+        buffers.append((optimizer.steps, optimizer.inner.state[module.weight]["momentum_buffer"].clone()))
+    assert [steps for steps, _ in buffers] == [2, 1]
+    assert not torch.equal(buffers[0][1], buffers[1][1])
+
+
+@both
+def test_states_that_an_algorithm_replaces_or_drops_are_seen_on_the_stage(static):
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    stage = Stage(module, [optimizer], 2, static)
+    for index in (0, 1):
+        stage.put(index)
+        module(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    stage.clear()
+    own = stage.replicas[0].optimizers[0]
+    weight, bias = stage.replicas[0].parameters
+    own.state[weight]["momentum_buffer"].fill_(5)  # in place
+    own.state[bias] = {"momentum_buffer": torch.full((1,), 7.0)}
+    stage.replicas[1].optimizers[0].state.clear()
+    stage.put(0)
+    buffers = [optimizer.state[parameter]["momentum_buffer"].flatten()[0].item() for parameter in module.parameters()]
+    assert buffers == [5, 7]
+    stage.put(1)
+    assert not optimizer.state
+
+
+@both
+def test_gradients_go_with_their_worker_or_are_dropped(static):
+    module = nn.Linear(2, 1)
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 2, static)
+    stage.put(0)
+    module(torch.ones(1, 2)).sum().backward()
+    own = module.weight.grad.clone()
+    stage.put(1)
+    assert module.weight.grad is None
+    module(torch.ones(1, 2)).sum().backward()
+    stage.clear(drop_gradients=True)
+    assert all(parameter.grad is None for parameter in (*module.parameters(), *stage.replicas[1].parameters))
+    stage.put(0)
+    assert torch.equal(module.weight.grad, own)
+    module.zero_grad()
+    stage.clear()
+    assert stage.replicas[0].parameters[0].grad is None
+
+
+@sizes
+def test_addresses_stay_where_values_are_copied_also_if_an_optimizer_binds_parameters_anew(width):
+    module = small(width)
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 3, static=True)
+
+    def addresses():
+        return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+
+    before = addresses()
+    for index in (0, 1, 2, 0):
+        stage.put(index)
+        assert addresses() == before
+        module[0].weight.data = module[0].weight.data + 1 + index
+    stage.put(1)
+    seen = module[0].weight.detach().clone()
+    stage.put(2)
+    assert torch.allclose(module[0].weight, seen + 1)
+    assert addresses() == before
+
+
+class Grows(nn.Module):
+    """Keeps all that it has seen in a buffer, and makes another one at its second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("nothing", None)
+
+    def forward(self, value):
+        self.seen = torch.cat([self.seen, torch.tensor([value])])
+        if len(self.seen) == 2:
+            self.nothing = torch.tensor(value)
+
+
+@both
+def test_buffers_that_grow_or_appear_are_each_workers_own(static):
+    module = Grows()
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 3, static)
+    for value in (0.0, 10.0, 20.0):
+        for index in range(3):
+            stage.put(index)
+            module(value + index)
+    for index in range(3):
+        stage.put(index)
+        assert module.seen.tolist() == [index, 10.0 + index, 20.0 + index]
+        assert module.nothing.item() == 10.0 + index
+
+
+def test_a_row_says_whether_kernels_can_take_it():
+    assert Rows([torch.zeros(4), torch.zeros(8), torch.zeros(3)]).aligned
+    assert not Rows([torch.zeros(3), torch.zeros(8)]).aligned
+    rows = Rows([torch.ones(2, 3).t(), torch.ones(4, dtype=torch.float64), torch.ones(2)])
+    assert [whole.numel() for whole in rows.wholes] == [8, 4]
+    assert rows.tensors[0].stride() == (1, 3)
+
+
+def test_states_are_moved_together_but_for_those_whose_memory_something_else_looks_at():
+    parameter, flat = torch.ones(3), torch.arange(6.0)
+    states = [
+        {"momentum": torch.full((3,), 2.0), "step": torch.tensor(4.0), "alias": parameter.detach(), "note": "a"},
+        {"first": flat[:3], "whole": flat, "wide": torch.full((2, 3), 5.0).t()},
+        "no state",
+    ]
+    before = [dict(state) for state in states[:2]]
+    move_together(states, apart_from=[parameter])
+    for state, old in zip(states, before, strict=False):
+        assert all(state[name] is value or torch.equal(state[name], value) for name, value in old.items())
+    assert states[0]["alias"] is before[0]["alias"]
+    assert states[1]["first"] is before[1]["first"]
+    assert states[1]["whole"] is before[1]["whole"]
+    moved = [states[0]["momentum"], states[0]["step"], states[1]["wide"]]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
+    assert states[1]["wide"].stride() == (1, 3)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "copies"),
+    [
+        (partial(torch.optim.SGD, lr=0.1), 0),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), 1),
+        (torch.optim.Adam, 2),
+        (partial(torch.optim.AdamW, amsgrad=True), 3),
+    ],
+)
+@pytest.mark.parametrize(("algorithm", "slow"), [(LocalSGD(), 0), (SlowMo(), 2), (DiLoCo(), 2)])
+def test_the_memory_of_a_worker_is_known_before_it_trains(make, copies, algorithm, slow):
+    module = small(width=50)
+    optimizer = make(module.parameters())
+    rate = torch.optim.lr_scheduler.ConstantLR(optimizer)  # takes the optimizer's step over
+    before = numbers(module)
+    parameters = sum(4 * parameter.numel() for parameter in module.parameters())
+    memory = memory_of_worker(module, [optimizer], algorithm, 8)
+    assert memory.model == parameters + 4 * 2 * 50 + 8
+    assert copies * parameters <= memory.optimizer <= copies * parameters + 4 * 4  # with counters of steps
+    assert memory.slow == slow * parameters
+    assert not optimizer.state
+    assert distance(numbers(module), before) == 0
+    assert rate.last_epoch == 0
+
+
+def test_an_optimizer_that_needs_values_is_counted_with_the_state_that_it_has():
+    class Looks(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["params"][0].grad.sum().item() > 0:
+                super().step(closure)
+
+    module = nn.Linear(10, 10)
+    assert memory_of_worker(module, [Looks(module.parameters(), lr=0.1, momentum=0.9)], SlowMo(), 8).optimizer == 0
+
+
+def test_what_a_device_cannot_hold_is_refused_with_what_it_can():
+    memory = Memory(model=4_000_000, optimizer=4_000_000, slow=8_000_000)
+    memory.check(256, free=4_096_000_000, offloaded=False)
+    memory.check(256, free=2_048_000_000, offloaded=True)
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "257 workers need 4.11 GB for parameters, optimizer states and slow state, and the device has 4.1 GB left. "
+            "Use at most 256 workers, or offload_slow_state='cpu', or the CPU (accelerator='cpu')."
+        ),
+    ):
+        memory.check(257, free=4_096_000_000, offloaded=False)
+    with pytest.raises(ValueError, match=r"512 workers need 4.1 GB for parameters and optimizer states.*at most 500"):
+        memory.check(512, free=4_000_000_000, offloaded=True)
