@@ -458,6 +458,8 @@ def test_checksums_see_every_kind_of_value():
     around.append(around)
     assert content.checksums({"x": around}) != content.checksums({"x": [1, [1]]})
     assert content.checksums({"x": torch.ones(2, 3).t()}) == content.checksums({"x": torch.ones(3, 2)})
+    empty = torch.empty(0).as_strided((0,), (0,))  # what NumPy makes of it
+    assert content.checksums({"x": empty}) == content.checksums({"x": torch.empty(0)})
     assert content.checksums({"x": {1, 2, 3}}) == content.checksums({"x": {3, 2, 1}})
 
 

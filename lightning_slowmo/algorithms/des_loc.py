@@ -18,6 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from lightning_slowmo import traffic
 from lightning_slowmo.algorithms.base import Algorithm, Running, Synced, check_period
 from lightning_slowmo.algorithms.local_sgd import RunningLocalSGD
+from lightning_slowmo.algorithms.schedules import Schedule
 from lightning_slowmo.averaging import average_tensors
 from lightning_slowmo.communication.meeting import Level, Round
 from lightning_slowmo.communication.workers import Workers
@@ -48,10 +49,16 @@ class DESLOC(Algorithm):
     second_every: int | None = None
 
     def __post_init__(self) -> None:
-        check_period("sync_every", self.sync_every)
-        for name in ("first_every", "second_every"):
-            if getattr(self, name) is not None:
-                check_period(name, getattr(self, name))
+        for name in ("sync_every", "first_every", "second_every"):
+            value = getattr(self, name)
+            if isinstance(value, Schedule):
+                raise ValueError(
+                    f"{name} of DESLOC must be an integer, got {value!r}: each of the three counts from the beginning "
+                    "of training, and periods that change would end together no more. With a schedule, "
+                    "SlowMo(slow_momentum=0, inner_buffers='average') averages parameters and both moments."
+                )
+            if value is not None or name == "sync_every":
+                check_period(name, value)
 
     @property
     def periods(self) -> dict[str, int]:

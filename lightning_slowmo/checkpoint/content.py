@@ -73,7 +73,8 @@ def _feed(digest: Any, value: Any, above: tuple[int, ...]) -> None:
     elif isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta):
         _tag(digest, f"tensor {value.dtype} {list(value.shape)}", value.numel())
         plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        if plain.numel():  # one without elements may have strides that no such view takes
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy())
     elif kind in SCALARS:
         raw = _raw(value)
         _tag(digest, kind.__name__, len(raw))

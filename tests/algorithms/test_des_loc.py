@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_slowmo import DESLOC, LocalSGD, SlowMo, Workers
+from lightning_slowmo import DESLOC, QSR, LocalSGD, SlowMo, Workers
 from tests.algorithms import reference
 from tests.algorithms.training import CHANGING, Training, differ, goes_on_bit_exactly, same, train
 from tests.on_workers import taking_turns
@@ -72,3 +72,7 @@ def test_other_optimizers_and_periods_are_refused():
         DESLOC().bind(torch.optim.Adam(parameters, amsgrad=True), Workers())
     with pytest.raises(ValueError, match="first_every must be an integer of at least 1, got 0"):
         DESLOC(first_every=0)
+    with pytest.raises(
+        ValueError, match=r"sync_every of DESLOC must be an integer, got QSR.*counts from the beginning"
+    ):
+        DESLOC(QSR(4))
