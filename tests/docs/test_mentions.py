@@ -63,6 +63,10 @@ def test_links_lead_somewhere(page: Path):
     assert not broken
 
 
+def test_no_merge_has_left_its_marks():
+    assert not [page for page in PAGES if re.search(r"^(<{7}|>{7}) ", page.read_text(), flags=re.M)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_say_what_they_are_and_why_they_are_not_run(page: Path):
     for block in blocks_of(page):
