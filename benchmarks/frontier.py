@@ -1,0 +1,302 @@
+"""Accuracy at equal steps over bytes: a table with 95 % intervals, and a picture with the Pareto front."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from recipes.report.plots import PALETTE
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t at 97.5 % for 1 to 10 degrees of freedom; the last one for more, too."""
+
+MOST_NAMES = 8
+"""More names than that cover one another."""
+
+FEW = 0.1
+"""Share of DDP's bytes up to which rows are held against it."""
+
+Choice = tuple[float, float | None]
+"""A rate, and a momentum if that was searched."""
+
+_KEY = re.compile(r"(?P<row>[^|]+) \| rate (?P<rate>\S+)( \| momentum (?P<momentum>\S+))? \| seed (?P<seed>\d+)")
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        name: what it is called.
+        inner: the optimizer inside.
+        rate: the tuned one.
+        momentum: the tuned one; None if it was not searched.
+        values: accuracy by seed, in percent, of the runs that did not diverge.
+        diverged: how many did.
+        mb: MB sent per worker.
+        searched: accuracies on held-out images, by rate, or by rate and momentum.
+    """
+
+    name: str
+    inner: str
+    rate: float
+    momentum: float | None
+    values: Mapping[int, float]
+    diverged: int
+    mb: float
+    searched: Mapping[str, float | None]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return fmean(self.values.values())
+
+    @property
+    def half(self) -> float:
+        """Half the 95 % interval of the mean."""
+        return half_interval(list(self.values.values()))
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean, by Student's t; NaN of a single value.
+
+    Example:
+        >>> round(half_interval([1.0, 2.0, 3.0]), 3)
+        2.484
+    """
+    if len(values) < 2:
+        return float("nan")
+    return T_975[min(len(values) - 2, len(T_975) - 1)] * stdev(values) / sqrt(len(values))
+
+
+def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str]) -> list[Entry]:
+    """The rows with final runs, best first; one whose momentum was searched is a row of its own.
+
+    Args:
+        known: accuracy, None if it diverged, and MB of each run, by its key.
+        inner: the optimizer of each row.
+    """
+    finals: dict[tuple[str, bool], dict[Choice, dict[int, Sequence[float | None]]]] = {}
+    searches: dict[tuple[str, bool], dict[Choice, float | None]] = {}
+    for key, outcome in known.items():
+        found = _KEY.match(key)
+        assert found is not None
+        momentum = float(found["momentum"]) if found["momentum"] else None
+        row, choice = (found["row"], momentum is not None), (float(found["rate"]), momentum)
+        if key.endswith("held out"):
+            searches.setdefault(row, {})[choice] = outcome[0]
+        else:
+            finals.setdefault(row, {}).setdefault(choice, {})[int(found["seed"])] = outcome
+    made = []
+    for row, choices in finals.items():
+        scores = searches.get(row, {})
+        choice = max(choices, key=lambda each: scores.get(each) or 0.0)
+        runs = sorted(choices[choice].items())
+        values = {seed: value for seed, (value, _) in runs if value is not None}
+        if values:
+            named = {
+                " ".join(f"{x:g}" for x in each if x is not None): scores[each] for each in sorted(scores, key=str)
+            }
+            name = row[0] if choice[1] is None else f"{row[0]}, momentum searched"
+            mb = fmean(sent for _, (value, sent) in runs if value is not None and sent is not None)
+            diverged = len(runs) - len(values)
+            made.append(Entry(name, inner[row[0]], *choice, values, diverged, mb, named))
+    return sorted(made, key=lambda entry: -entry.mean)
+
+
+def front(rows: Sequence[Entry]) -> list[Entry]:
+    """Those that no other one beats without sending more, from the fewest bytes on."""
+    kept: list[Entry] = []
+    for entry in sorted(rows, key=lambda entry: (entry.mb, -entry.mean)):
+        if not kept or entry.mean > kept[-1].mean:
+            kept.append(entry)
+    return kept
+
+
+def markdown(rows: Sequence[Entry], whole: float) -> str:
+    """The table, with the front in bold.
+
+    Args:
+        rows: best first.
+        whole: MB that are 100 %.
+    """
+    best = {entry.name for entry in front(rows)}
+    lines = [
+        "| | inside | rate | test accuracy, % | MB sent per worker | % of `ddp` | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for e in rows:
+        name = f"**{e.name}**" if e.name in best else e.name
+        rate = f"{e.rate:g}" + ("" if e.momentum is None else f", momentum {e.momentum:g}")
+        sent = f"{e.mb:.3g} | {100 * e.mb / whole:.3g}"
+        seeds = f"{len(e.values)}" + (f", and {e.diverged} diverged" if e.diverged else "")
+        lines.append(f"| {name} | {e.inner} | {rate} | {e.mean:.2f} ± {e.half:.2f} | {sent} | {seeds} |")
+    return "\n".join(lines)
+
+
+def against(rows: Sequence[Entry], reference: Entry) -> list[str]:
+    """What rows that send few bytes gain on the reference, seed by seed; best first."""
+    lines = []
+    for entry in rows:
+        seeds = sorted(set(entry.values) & set(reference.values))
+        if entry.mb > FEW * reference.mb or len(seeds) < 2:
+            continue
+        gains = [entry.values[seed] - reference.values[seed] for seed in seeds]
+        lines.append(
+            f"* {entry.name} ({100 * entry.mb / reference.mb:.2g} % of the bytes): "
+            f"{fmean(gains):+.2f} ± {half_interval(gains):.2f}, {len(seeds)} seeds"
+        )
+    return lines
+
+
+def as_csv(rows: Sequence[Entry]) -> str:
+    """All rows with their numbers unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        ["row", "inside", "rate", "momentum", "mean", "half_interval", "mb_sent", "seeds", "values", "searched"]
+    )
+    for e in rows:
+        seeds, values = " ".join(map(str, e.values)), " ".join(f"{value:g}" for value in e.values.values())
+        searched = "; ".join(f"{choice}: {score}" for choice, score in e.searched.items())
+        writer.writerow([e.name, e.inner, e.rate, e.momentum, e.mean, e.half, e.mb, seeds, values, searched])
+    return file.getvalue()
+
+
+def highlights(rows: Sequence[Entry]) -> list[str]:
+    """DDP, the ends of the front, and what gains most on what sends less."""
+    best = front(rows)
+    gains = {after.name: after.mean - before.mean for before, after in pairwise(best)}
+    order = ["ddp", best[-1].name, best[0].name, *sorted(gains, key=lambda name: -gains[name])]
+    return [name for name in dict.fromkeys(order) if any(e.name == name for e in rows)][:MOST_NAMES]
+
+
+def picture(rows: Sequence[Entry], named: Sequence[str]) -> bytes:
+    """The plot as PNG: points with their intervals, the front as a line.
+
+    Args:
+        rows: all of them.
+        named: rows with a name beside them; the others are pale.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+        axes = figure.subplots()
+        best = front(rows)
+        steps = {"color": "#404040", "linewidth": 1.2, "drawstyle": "steps-post", "zorder": 1}
+        axes.plot([e.mb for e in best], [e.mean for e in best], label="Pareto front", **steps)
+        for number, inner in enumerate(dict.fromkeys(e.inner for e in rows)):
+            for shown in (True, False):
+                points = [e for e in rows if e.inner == inner and (e.name in named) == shown]
+                halves = [e.half if isfinite(e.half) else 0.0 for e in points]
+                look = {"fmt": "osD^v"[number % 5], "color": PALETTE[number], "elinewidth": 1, "capsize": 2}
+                look |= {"alpha": 1.0, "markersize": 7} if shown else {"alpha": 0.3, "markersize": 5}
+                axes.errorbar([e.mb for e in points], [e.mean for e in points], halves, **look)  # type: ignore[arg-type]
+            axes.plot([], [], "osD^v"[number % 5], color=PALETTE[number], label=f"over {inner}")
+        axes.set_ylim(min(e.mean for e in rows) - 2, max(e.mean for e in rows) + 3)  # some intervals are wide
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("MB sent per worker (log scale)")
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(loc="lower right", frameon=False)
+        _name(axes, [e for e in rows if e.name in named])
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _name(axes: Axes, rows: Sequence[Entry]) -> None:
+    """Names above their points, from the lowest up, each above those below that it would cover."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    point = figure.dpi / 72
+    taken: list[tuple[float, float, float]] = []
+    for entry in sorted(rows, key=lambda entry: entry.mean):
+        x, y = axes.transData.transform((entry.mb, entry.mean)) / point
+        width, height = 6.0 * len(entry.name), 13.0
+        right, place = max(x - 6, axes.bbox.x0 / point + width + 2), y + 7
+        for start, end, level in sorted(taken, key=lambda box: box[2]):
+            if right - width < end and start < right and abs(place - level) < height:
+                place = level + height
+        taken.append((right - width, right, place))
+        line = {"arrowstyle": "-", "color": "#808080", "linewidth": 0.6, "shrinkB": 4} if place - y > 12 else None
+        place_of_name = {"xytext": (right - x, place - y), "textcoords": "offset points"}
+        axes.annotate(entry.name, (entry.mb, entry.mean), ha="right", fontsize=10, arrowprops=line, **place_of_name)
+
+
+def sweep(rows: Sequence[Entry]) -> bytes | None:
+    """Accuracy over the period, with SlowMo and without; None if there are no such rows."""
+    series: dict[str, list[tuple[int, Entry]]] = {}
+    for entry in rows:
+        stem, _, every = entry.name.partition(", every ")
+        if stem in ("local_sgd", "slowmo") and (every.isdigit() or entry.name == stem):
+            series.setdefault(stem, []).append((int(every or 12), entry))
+    if not series or any(len(points) < 2 for points in series.values()):
+        return None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for number, (stem, points) in enumerate(sorted(series.items())):
+            points.sort(key=lambda point: point[0])
+            xs = [every * 2 ** (0.06 * (number - 0.5)) for every, _ in points]
+            means, halves = [e.mean for _, e in points], [e.half for _, e in points]
+            axes.errorbar(xs, means, halves, fmt="osD"[number] + "-", color=PALETTE[number], capsize=4, label=stem)
+        for entry in rows:
+            if entry.name == "ddp":
+                axes.axhline(entry.mean, color="#808080", linestyle=":", label="ddp")
+        ticks = sorted({every for points in series.values() for every, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("steps between syncs (τ), log scale")
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(frameon=False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return file.getvalue()
+
+
+def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str], out: Path) -> None:
+    """Write ``table.md``, ``table.csv`` and the pictures.
+
+    Args:
+        known: accuracy and MB of each run, by its key.
+        inner: the optimizer of each row.
+        out: folder.
+    """
+    rows = entries(known, inner)
+    reference = next((e for e in rows if e.name.startswith("ddp") and "batches" not in e.name), None)
+    if reference is None:
+        print("There are no final runs of ddp yet, so there is no table.")
+        return
+    text = markdown(rows, reference.mb)
+    if few := against(rows, reference):
+        text += f"\n\nAgainst {reference.name}, seed by seed, with at most {FEW:.0%} of its bytes:\n\n" + "\n".join(few)
+    (out / "table.md").write_text(text + "\n")
+    (out / "table.csv").write_text(as_csv(rows))
+    (out / "over_mb.png").write_bytes(picture(rows, highlights(rows)))
+    if (swept := sweep(rows)) is not None:
+        (out / "sync_every.png").write_bytes(swept)
+    print(text)
