@@ -7,6 +7,7 @@
 All start from the same model and take the same number of steps with a warm-up and a cosine decay: SGD with Nesterov
 momentum at one learning rate, or Adam at another; none is tuned. What is tested is the consensus. ``ddp`` is the
 AllReduce preset, the same mathematics. MB are what a worker sends in training: looking at the consensus does not count.
+The workers are simulated in this process, which changes neither accuracy nor bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.processes import WorkerFailed, run
-from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, Engine, SlowMo, Workers
+from lightning_slowmo import PRESETS, Algorithm, APMSqueeze, Engine, SlowMo, SyncError, Workers, together
 from lightning_slowmo.compression import QSGD, Sign, SignTopK
 
 SPLITS = ("train", "test")
@@ -144,7 +144,7 @@ def prepare(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 @cache
 def data(folder: str) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels of both splits; read once a process, and shared by the processes."""
+    """Images and labels of both splits."""
     return [torch.load(f"{folder}/{split}.pt", weights_only=True, mmap=True) for split in SPLITS]
 
 
@@ -181,18 +181,17 @@ def accuracy(model: nn.Module, task: Task, workers: Workers, limit: int | None) 
     return 100 * sum(row[0] for row in tested) / sum(row[1] for row in tested)
 
 
-def train(rank: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
-    """Train on this worker.
+def train(workers: Workers, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
+    """Train on one of the workers.
 
     Returns:
         At each look: step, MB that this worker has sent so far, and accuracy of the consensus in percent.
     """
-    workers = Workers.from_world()
     images, labels = data(task.folder)[0]
     torch.manual_seed(seed)
     model = build(images)
-    shard = torch.randperm(len(labels))[rank :: workers.size]
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    shard = torch.randperm(len(labels))[workers.rank :: workers.size]
+    generator = torch.Generator().manual_seed(1000 * seed + workers.rank)
     optimizer = make_optimizer(
         row.optimizer, model.parameters(), task.rates["adam" if row.optimizer == "adam" else "sgd"]
     )
@@ -220,12 +219,12 @@ def train(rank: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
     return looks
 
 
-def looks_of(size: int, task: Task, row: Row, seed: int, limit: float) -> list[dict[str, float]]:
-    """Train on fresh processes; no looks if it diverged."""
+def looks_of(size: int, task: Task, row: Row, seed: int) -> list[dict[str, float]]:
+    """Train with so many workers; no looks if they diverged."""
     try:
-        return run(size, train, task, row, seed, limit=limit)[0]
-    except WorkerFailed as error:
-        if "finite" not in str(error):
+        return together(Workers.simulated(size), partial(train, task=task, row=row, seed=seed))[0]
+    except SyncError as error:
+        if "infinite" not in str(error):
             raise
         return []
 
@@ -305,7 +304,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--json", type=Path, help="where to write all looks, and to go on from what is there")
     parser.add_argument("--plot", type=Path, help="where to draw accuracy over MB")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds for one run")
     a = parser.parse_args()
     what = a.data.name.split(".")[0] if a.data else "digits"
     with tempfile.TemporaryDirectory() as folder:
@@ -319,7 +317,7 @@ def main() -> None:
             bar.set_postfix_str(name)
             seeds = results.setdefault(name, [])
             for seed in range(len(seeds), a.seeds):
-                seeds.append(looks_of(a.workers, task, row, seed, a.limit))
+                seeds.append(looks_of(a.workers, task, row, seed))
                 if a.json:
                     a.json.write_text(json.dumps({"task": described, "results": results}, indent=1))
     title = f"{what}: {a.workers} workers, {a.steps} steps of {a.batch} examples each, {a.seeds} seeds"
