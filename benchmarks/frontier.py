@@ -202,15 +202,20 @@ def picture(rows: Sequence[Entry], named: Sequence[str]) -> bytes:
         figure = Figure(figsize=(8.5, 5.5), layout="constrained")
         axes = figure.subplots()
         best = front(rows)
-        steps = {"color": "#404040", "linewidth": 1.2, "drawstyle": "steps-post", "zorder": 1}
+        steps: dict[str, Any] = {"color": "#404040", "linewidth": 1.2, "drawstyle": "steps-post", "zorder": 1}
         axes.plot([e.mb for e in best], [e.mean for e in best], label="Pareto front", **steps)
         for number, inner in enumerate(dict.fromkeys(e.inner for e in rows)):
             for shown in (True, False):
                 points = [e for e in rows if e.inner == inner and (e.name in named) == shown]
                 halves = [e.half if isfinite(e.half) else 0.0 for e in points]
-                look = {"fmt": "osD^v"[number % 5], "color": PALETTE[number], "elinewidth": 1, "capsize": 2}
+                look: dict[str, Any] = {
+                    "fmt": "osD^v"[number % 5],
+                    "color": PALETTE[number],
+                    "elinewidth": 1,
+                    "capsize": 2,
+                }
                 look |= {"alpha": 1.0, "markersize": 7} if shown else {"alpha": 0.3, "markersize": 5}
-                axes.errorbar([e.mb for e in points], [e.mean for e in points], halves, **look)  # type: ignore[arg-type]
+                axes.errorbar([e.mb for e in points], [e.mean for e in points], halves, **look)
             axes.plot([], [], "osD^v"[number % 5], color=PALETTE[number], label=f"over {inner}")
         axes.set_ylim(min(e.mean for e in rows) - 2, max(e.mean for e in rows) + 3)  # some intervals are wide
         axes.set_xscale("log")
@@ -242,7 +247,7 @@ def _name(axes: Axes, rows: Sequence[Entry]) -> None:
                 place = level + height
         taken.append((right - width, right, place))
         line = {"arrowstyle": "-", "color": "#808080", "linewidth": 0.6, "shrinkB": 4} if place - y > 12 else None
-        place_of_name = {"xytext": (right - x, place - y), "textcoords": "offset points"}
+        place_of_name: dict[str, Any] = {"xytext": (right - x, place - y), "textcoords": "offset points"}
         axes.annotate(entry.name, (entry.mb, entry.mean), ha="right", fontsize=10, arrowprops=line, **place_of_name)
 
 
