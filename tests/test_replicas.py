@@ -3,7 +3,6 @@
 import random
 import re
 import sys
-from ctypes import string_at
 from functools import partial
 
 import numpy
@@ -14,7 +13,7 @@ from torch import nn
 from lightning_slowmo import DiLoCo, LocalSGD, SlowMo
 from lightning_slowmo.replicas import Memory, Stage, memory_of_worker
 from lightning_slowmo.replicas.optimizers import move_together
-from lightning_slowmo.replicas.randomness import MT19937_BYTES, Randomness
+from lightning_slowmo.replicas.randomness import NumpyRandomness, Randomness
 from lightning_slowmo.replicas.rows import Rows
 from tests.trainer.models import distance, numbers
 
@@ -86,11 +85,14 @@ def test_every_worker_draws_as_if_it_were_alone():
 
 
 def test_the_memory_of_numpys_generator_is_read_where_it_is():
-    bits = numpy.random.MT19937(1)
-    raw = string_at(bits.ctypes.state_address, MT19937_BYTES)
-    state = bits.state["state"]
-    assert numpy.frombuffer(raw[:-4], numpy.uint32).tolist() == state["key"].tolist()
-    assert int.from_bytes(raw[-4:], sys.byteorder) == state["pos"]
+    worker = NumpyRandomness()
+    worker.restore()
+    for _ in range(3):
+        numpy.random.rand(5)  # noqa: NPY002
+        state = numpy.random.get_state(legacy=False)["state"]  # noqa: NPY002
+        raw = worker._tail.raw
+        assert numpy.frombuffer(raw[:-4], numpy.uint32).tolist() == state["key"][-8:].tolist()
+        assert int.from_bytes(raw[-4:], sys.byteorder) == state["pos"]
 
 
 @both

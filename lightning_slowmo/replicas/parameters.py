@@ -48,11 +48,11 @@ class ParametersOnStage:
                     parameter.data = place
         if self._copying is not None:
             self._copying.forth()
-        for parameter, twin in zip(self._stage, self._own, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
+        if not drop_gradients:
+            for parameter, twin in zip(self._stage, self._own, strict=True):
+                gradient = parameter.grad
+                if gradient is not None:
+                    # It may lie in the memory of a captured graph, which the next worker's replay needs.
+                    twin.grad = gradient if self._copying is None else gradient.clone()
+        for parameter in self._stage:
             parameter.grad = None
-            if not drop_gradients:
-                # Gradients may lie in the memory of a captured graph, which the next worker's replay needs.
-                twin.grad = gradient if self._copying is None else gradient.clone()
