@@ -68,11 +68,11 @@ def adam(parameters: Sequence[nn.Parameter], rate: float, beta: float = 0.9) -> 
     return [torch.optim.AdamW(parameters, rate, betas=(beta, 0.999), weight_decay=0.01, fused=True)]
 
 
-def muon(parameters: Sequence[nn.Parameter], rate: float) -> list[Optimizer]:
+def muon(parameters: Sequence[nn.Parameter], rate: float, momentum: float = 0.95) -> list[Optimizer]:
     """Muon for matrices but the last, AdamW at 0.15 of its rate for that and the rest, as in MuLoCo."""
     matrices = [p for p in parameters if p.dim() == 2][:-1]
     rest = [p for p in parameters if not any(p is matrix for matrix in matrices)]
-    first = torch.optim.Muon(matrices, rate, momentum=0.95, nesterov=False, weight_decay=0.01)
+    first = torch.optim.Muon(matrices, rate, momentum=momentum, nesterov=False, weight_decay=0.01)
     return [first, torch.optim.AdamW(rest, 0.15 * rate, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
@@ -166,6 +166,7 @@ ROWS = {
     "sketched_sgd": Row(_of(SketchedSGD(uncompressed_below=1000)), "plain SGD"),
     "sensed_sgd": Row(_of(SensedSGD(uncompressed_below=1000)), "plain SGD"),
     "muloco": Row(_of(DiLoCo(12, outer_momentum=0.6)), "Muon"),
+    "ddp, Muon": Row(_of(AllReduce()), "Muon"),
 }
 """Every preset, and the schedules and compressors that go with some."""
 
@@ -217,7 +218,7 @@ def configured(row: Row, rate: float, momentum: float | None) -> tuple[Algorithm
     name = outer_momentum_of(algorithm)
     if name != "inner":
         return replace(algorithm, **{name: momentum}), inner  # type: ignore[type-var]
-    return algorithm, partial(sgd, momentum=momentum) if row.inner == "SGD" else partial(adam, beta=momentum)
+    return algorithm, partial(inner, **{"beta" if row.inner == "AdamW" else "momentum": momentum})
 
 
 def outer_momentum_of(algorithm: Algorithm) -> str:
