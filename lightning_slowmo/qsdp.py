@@ -36,13 +36,14 @@ class QSDP:
     random shift for all of them (:class:`~lightning_slowmo.compression.ShiftedGrid`): every rank sees the same weights,
     in the backward pass those of the forward pass, and over the shifts, which change when the weights change, they are
     unbiased. Gradients are rounded at random to ``2**gradient_bits - 1`` levels of the largest of a bucket
-    (:class:`~lightning_slowmo.compression.QSGD`), unbiased, with noise of its own on every rank.
+    (:class:`~lightning_slowmo.compression.QSGD`), unbiased, with noise of its own on every data-parallel rank.
 
     Args:
         weight_bits: bits for a weight, 1 to 16; None leaves weights as they are.
         gradient_bits: bits for an element of a gradient, 2 to 16; None leaves gradients as they are.
         bucket: elements that share a scale.
-        seed: of the random shifts and roundings.
+        seed: of the random shifts and roundings. Models that are averaged with one another need different ones;
+            ``SlowMoModelParallelStrategy(qsdp=...)`` sees to it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -278,6 +279,7 @@ class QuantizedReduceScatter(_Message):
         super().__init__(module, compressor, seed, traffic)
         self.index = index
         self.count = 0
+        self.replica = sharding.fsdp_replica(module)  # tensor-parallel processes share the noise: they hold copies
 
     @property
     def bytes_sent(self) -> int:
@@ -302,7 +304,7 @@ class QuantizedReduceScatter(_Message):
         ranks, rank = group.size(), group.rank()
         shards = input_tensor.chunk(ranks)
         codec = self.codec(shards[0].numel(), input_tensor.dtype)
-        generator = seeded_generator(self.seed, 1 + dist.get_rank(), self.count * 2**20 + self.index)
+        generator = seeded_generator(self.seed, 1 + self.replica * ranks + rank, self.count * 2**20 + self.index)
         self.count += 1
         leaving = [codec.encode(shard, generator) for to, shard in enumerate(shards) if to != rank]
         sizes = [0 if to == rank else codec.size for to in range(ranks)]

@@ -32,6 +32,15 @@ def fsdp_sizes(module: Any) -> tuple[int, bool]:
     return group.mesh_info.shard_mesh_size, after is not None and after is not group.mesh_info
 
 
+def fsdp_replica(module: Any) -> int:
+    """Which of the replicas, between which gradients are averaged after they are reduced, this process belongs to.
+
+    Tested with torch 2.15 (as :func:`fsdp_sizes`; ``HSDPMeshInfo.replicate_mesh_rank``). Public replacement: none.
+    """
+    [group] = _fsdp_groups(module)
+    return int(getattr(group.mesh_info, "replicate_mesh_rank", 0))
+
+
 def _fsdp_groups(module: Any) -> list[Any]:
     """The groups of parameters of a ``fully_shard`` module; none where all are those of modules inside it.
 

@@ -45,6 +45,7 @@ CASES = {
     "four workers": ((4, 1, 1), SlowMo(sync_every=3), "sgd", {"clip": 0.3}),
     "tensor parallel": ((2, 1, 2), SlowMo(sync_every=3), "sgd", {}),
     "two dimensions": ((1, 2, 2), DiLoCo(sync_every=3), "adam", {"clip": 0.3}),
+    "quantized in two dimensions": ((1, 2, 2), DiLoCo(sync_every=3), "adam", {"clip": 0.3}),
 }
 
 
@@ -54,7 +55,7 @@ SHARDING = {
 }
 """Options of :func:`shard`."""
 
-TOLERANCE = {"mixed precision": 1e-5, "quantized": 1e-3}
+TOLERANCE = {"mixed precision": 1e-5, "quantized": 1e-3, "quantized in two dimensions": 1e-3}
 
 CAP = 2**-10
 """MiB of a bucket: the network needs several."""
@@ -68,7 +69,7 @@ def on_shards(rank, cases=CASES):
             cores[sizes].make_groups(0, rank, torch.device("cpu"))
         core = cores[sizes]
         core.algorithm = algorithm
-        core.qsdp = QSDP(16, 16, bucket=8) if name == "quantized" else None
+        core.qsdp = QSDP(16, 16, bucket=8) if name.startswith("quantized") else None
         worker, place = divmod(rank, sizes[1] * sizes[2])
         network = shard(Network(), core.mesh, **SHARDING.get(name, {}))
         core.quantize(network)
@@ -166,6 +167,12 @@ def test_shards_do_what_whole_models_do(name):
         assert distance(own, reference_own) < limit
         assert distance(end, reference_end) < limit
         assert distance(own, start) > 1e-2
+
+
+@pytest.mark.processes
+def test_copies_that_tensor_parallel_processes_hold_stay_equal_where_messages_are_rounded():
+    ends = [results["quantized in two dimensions"][2] for results in trained()]
+    assert all(distance(end, ends[0]) < 1e-12 for end in ends)
 
 
 @pytest.mark.processes
