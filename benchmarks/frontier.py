@@ -292,7 +292,8 @@ def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str],
         out: folder.
     """
     rows = entries(known, inner)
-    reference = next((e for e in rows if e.name.startswith("ddp") and "batches" not in e.name), None)
+    synchronous = [e for e in rows if e.name.startswith("ddp") and "batches" not in e.name]
+    reference = min(synchronous, key=lambda e: len(e.name), default=None)  # over SGD, whose name says the least
     if reference is None:
         print("There are no final runs of ddp yet, so there is no table.")
         return
