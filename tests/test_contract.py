@@ -270,7 +270,7 @@ def test_parameters_that_are_added_or_unfrozen_join_without_a_call(workers, case
 # Other dtypes ---------------------------------------------------------------------------------------------------------
 
 
-@taking_turns(2, each=list(product(ALL, (torch.float32, torch.bfloat16, torch.float16))))
+@taking_turns(2, each=list(product(ALL, (torch.float32, torch.bfloat16))))
 def test_other_dtypes_train_and_end_equal(workers, case):
     name, dtype = case
     run = training(workers, name, dtype=dtype)

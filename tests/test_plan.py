@@ -399,6 +399,7 @@ def tiny() -> tuple[torch.nn.Module, object]:
     return synthetic(1e4, batch=2)
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_the_command_measures_under_torchrun():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -106,7 +106,7 @@ def trained(workers: Workers, algorithm: Algorithm, shapes: list) -> tuple[Engin
     return engine, sum(row[0] for row in workers.gather([sent])) / workers.size / STEPS
 
 
-@taking_turns(2, 3, each=[*PRESETS, *OTHERS])
+@taking_turns(3, each=[*PRESETS, *OTHERS])
 def test_predicted_bytes_and_memory_are_those_that_workers_count(workers: Workers, name: str) -> None:
     algorithm = configured(name)
     engine, counted = trained(workers, algorithm, SHAPES)

@@ -221,6 +221,7 @@ def test_a_resumed_run_goes_on_and_so_does_what_it_measures(strategy, tmp_path):
     assert records[resumed].mb_sent == pytest.approx(records[whole].mb_sent, rel=0.02)
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 def test_a_worker_that_fails_ends_the_run_with_its_message(tmp_path):
     done = command_line(tmp_path, *SHORT, "schedule=milestones", "schedule.drops=[0.9,0.1]", "hydra.run.dir=run")

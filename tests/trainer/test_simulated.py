@@ -129,6 +129,7 @@ def test_two_simulated_workers_are_equal_to_two_processes(case):
     compare(2, case)
 
 
+@pytest.mark.faults
 @pytest.mark.processes
 @pytest.mark.parametrize("case", SOME)
 def test_four_simulated_workers_are_equal_to_four_processes(case):
