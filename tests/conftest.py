@@ -10,27 +10,28 @@ import pytest
 
 LONGEST = [
     "recipes/test_translation.py",
-    "recipes/test_experiments.py",
-    "recipes/test_train.py",
     "test_interpreter.py",
-    "trainer/test_one_worker.py",
-    "trainer/test_surface_callbacks.py",
+    "recipes/test_experiments.py",
+    "sharded/test_core.py",
+    "recipes/test_train.py",
+    "test_contract.py",
+    "trainer/test_simulated.py",
     "trainer/test_launchers.py",
-    "trainer/test_compressed.py",
-    "trainer/test_checkpoints.py",
-    "faults/test_saves.py",
-    "faults/test_random_modules.py",
-    "recipes/test_report.py",
-    "trainer/test_identities.py",
+    "test_qsdp.py",
+    "test_wheel.py",
     "faults/test_failures.py",
+    "sharded/test_trainer.py",
+    "algorithms/test_streaming.py",
+    "trainer/test_checkpoints.py",
+    "trainer/test_compressed.py",
+    "trainer/test_one_worker.py",
+    "recipes/test_report.py",
+    "recipes/test_text.py",
+    "recipes/test_simulated.py",
+    "faults/test_random_modules.py",
     "faults/test_ends.py",
-    "trainer/test_one_rank_alone.py",
-    "trainer/test_surface_steps.py",
-    "trainer/test_surface_optimizers.py",
-    "trainer/test_surface_modules.py",
-    "trainer/test_sketched.py",
 ]
-"""Files of half a minute and more, roughly by their time."""
+"""Files of which a part takes long, roughly by their time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
