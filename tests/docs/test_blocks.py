@@ -148,7 +148,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
     folders = {}
     for page in PAGES:
         folders[page] = folder = tmp_path_factory.mktemp(page.stem)
-        for name in ("conf", "docs", "examples", "benchmarks", "recipes"):
+        for name in ("README.md", "conf", "docs", "examples", "benchmarks", "recipes"):
             (folder / name).symlink_to(ROOT / name)
     return folders
 
@@ -195,7 +195,8 @@ def options() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(("module", "given"), sorted(options().items()), ids=lambda value: str(value)[:40])
 def test_options_that_pages_name_exist(module: str, given: set[str], tmp_path: Path):
-    known = shell(f"python -m {module} --help", tmp_path)
+    help_of = "--hydra-help" if module == "recipes.train" else "--help"
+    known = shell(f"python -m {module} {help_of}", tmp_path)
     assert not [option for option in given if option not in known]
 
 
