@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from recipes.report.plots import PALETTE
+from recipes.report.plots import PALETTE, STYLE
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 % for 1 to 10 degrees of freedom; the last one for more, too."""
@@ -33,13 +33,6 @@ Choice = tuple[float, float | None]
 """A rate, and a momentum if that was searched."""
 
 _KEY = re.compile(r"(?P<row>[^|]+) \| rate (?P<rate>\S+)( \| momentum (?P<momentum>\S+))? \| seed (?P<seed>\d+)")
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Entry:
     """A row of the table.
 
     Attributes:
-        name: what it is called.
+        row: which of the benchmark's rows.
         inner: the optimizer inside.
         rate: the tuned one.
         momentum: the tuned one; None if it was not searched.
@@ -57,7 +50,7 @@ class Entry:
         searched: accuracies on held-out images, by rate, or by rate and momentum.
     """
 
-    name: str
+    row: str
     inner: str
     rate: float
     momentum: float | None
@@ -65,6 +58,11 @@ class Entry:
     diverged: int
     mb: float
     searched: Mapping[str, float | None]
+
+    @property
+    def name(self) -> str:
+        """What it is called: a row whose momentum was searched, too, stands beside the one whose was not."""
+        return self.row if self.momentum is None else f"{self.row}, momentum searched"
 
     @property
     def mean(self) -> float:
@@ -117,10 +115,9 @@ def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str
             named = {
                 " ".join(f"{x:g}" for x in each if x is not None): scores[each] for each in sorted(scores, key=str)
             }
-            name = row[0] if choice[1] is None else f"{row[0]}, momentum searched"
             mb = fmean(sent for _, (value, sent) in runs if value is not None and sent is not None)
             diverged = len(runs) - len(values)
-            made.append(Entry(name, inner[row[0]], *choice, values, diverged, mb, named))
+            made.append(Entry(row[0], inner[row[0]], *choice, values, diverged, mb, named))
     return sorted(made, key=lambda entry: -entry.mean)
 
 
@@ -187,8 +184,9 @@ def highlights(rows: Sequence[Entry]) -> list[str]:
     """DDP, the ends of the front, and what gains most on what sends less."""
     best = front(rows)
     gains = {after.name: after.mean - before.mean for before, after in pairwise(best)}
-    order = ["ddp", best[-1].name, best[0].name, *sorted(gains, key=lambda name: -gains[name])]
-    return [name for name in dict.fromkeys(order) if any(e.name == name for e in rows)][:MOST_NAMES]
+    ddp = [entry.name for entry in rows if entry.row == "ddp"]
+    order = [*ddp, best[-1].name, best[0].name, *sorted(gains, key=lambda name: -gains[name])]
+    return list(dict.fromkeys(order))[:MOST_NAMES]
 
 
 def picture(rows: Sequence[Entry], named: Sequence[str]) -> bytes:
@@ -198,7 +196,7 @@ def picture(rows: Sequence[Entry], named: Sequence[str]) -> bytes:
         rows: all of them.
         named: rows with a name beside them; the others are pale.
     """
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.5, 5.5), layout="constrained")
         axes = figure.subplots()
         best = front(rows)
@@ -260,7 +258,7 @@ def sweep(rows: Sequence[Entry]) -> bytes | None:
             series.setdefault(stem, []).append((int(every or 12), entry))
     if not series or any(len(points) < 2 for points in series.values()):
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for number, (stem, points) in enumerate(sorted(series.items())):
@@ -269,7 +267,7 @@ def sweep(rows: Sequence[Entry]) -> bytes | None:
             means, halves = [e.mean for _, e in points], [e.half for _, e in points]
             axes.errorbar(xs, means, halves, fmt="osD"[number] + "-", color=PALETTE[number], capsize=4, label=stem)
         for entry in rows:
-            if entry.name == "ddp":
+            if entry.row == "ddp":
                 axes.axhline(entry.mean, color="#808080", linestyle=":", label="ddp")
         ticks = sorted({every for points in series.values() for every, _ in points})
         axes.set_xscale("log", base=2)
@@ -292,8 +290,8 @@ def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str],
         out: folder.
     """
     rows = entries(known, inner)
-    synchronous = [e for e in rows if e.name.startswith("ddp") and "batches" not in e.name]
-    reference = min(synchronous, key=lambda e: len(e.name), default=None)  # over SGD, whose name says the least
+    synchronous = [e for e in rows if e.row.startswith("ddp") and "batches" not in e.row]
+    reference = min(synchronous, key=lambda e: e.row != "ddp", default=None)
     if reference is None:
         print("There are no final runs of ddp yet, so there is no table.")
         return

@@ -154,8 +154,6 @@ class SimulatedMixin(DealingMixin):
 
         self._on_all(make_engine)
 
-    # Training ---------------------------------------------------------------------------------------------------------
-
     def _check_memory(self) -> None:
         """Refuse more workers than a GPU has memory for."""
         if self.root_device.type == "cuda":
@@ -166,6 +164,8 @@ class SimulatedMixin(DealingMixin):
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + unused
             memory.check(workers, free, self.core.offload_slow_state is not None)
+
+    # Training ---------------------------------------------------------------------------------------------------------
 
     def _on_sync(self, core: StrategyCore, agreed: bool) -> None:
         """Call the callbacks that act at syncs, as the first worker would."""

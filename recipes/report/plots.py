@@ -33,18 +33,22 @@ AXES = {"steps": "optimizer steps", "mb": "MB sent per worker", "seconds": "seco
 _SOURCES = {"mb": "progress/mb_sent", "seconds": "progress/seconds"}
 _SWEEPS = {"sync_every": "sync_every (τ), steps", "slow_momentum": "slow_momentum (β)"}
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+"""What all plots of results look like, as arguments of ``matplotlib.rc_context``."""
+
+_INKED: dict[Any, Any] = STYLE | {
     "axes.titlesize": 12,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
     "svg.fonttype": "path",
 }
 
@@ -290,7 +294,7 @@ def _looks(groups: Sequence[Group]) -> dict[Group, Look]:
 
 
 def _picture(name: str, caption: str, plot: Callable[[Axes], None]) -> Picture:
-    with rc_context(_STYLE):
+    with rc_context(_INKED):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         axes = figure.subplots()
         plot(axes)

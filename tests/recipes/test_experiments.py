@@ -104,7 +104,7 @@ def test_a_sweep_runs_by_itself_over_keys_that_exist(experiment, tmp_path):
 @pytest.mark.processes
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_image_experiments_train(tmp_path, every):
-    """The first and the last of each folder; in ``make faults`` every one. The strategies are others' business."""
+    """The first and the last of each folder; in ``make faults`` every one. Strategies have tests of their own."""
     write_tree(tmp_path / "small", size=16)
     write_tar(tmp_path / "small", tmp_path / "small.tar.xz")
     write_tree(tmp_path / "large", size=40, split="val")
