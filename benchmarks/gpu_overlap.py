@@ -21,6 +21,7 @@ import argparse
 import bisect
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -205,6 +206,7 @@ def measure(rank: int, device_name: str, scale: float, width: int) -> list[list[
     alone = Training(None, workers, shapes, device, width)
     alone.steps(PERIOD)
     without = alone.steps(PERIOD * PERIODS)
+    say(rank, f"without syncs {1e3 * without:.2f} ms a step")
     rows = []
     for algorithm in (LocalSGD(PERIOD), SlowMo(sync_every=PERIOD)):
         times = []
@@ -212,6 +214,7 @@ def measure(rank: int, device_name: str, scale: float, width: int) -> list[list[
             training = Training(replace(algorithm, overlap=overlap), workers, shapes, device, width)
             training.steps(2 * PERIOD)
             times.append(training.steps(PERIOD * PERIODS))
+            say(rank, f"{type(algorithm).__name__}, overlap={overlap}: {1e3 * times[-1]:.2f} ms a step")
         shares = profiled(training)
         synced, overlapped = times
         saved = (synced - overlapped) / (synced - without) if synced > without else float("nan")
@@ -219,6 +222,12 @@ def measure(rank: int, device_name: str, scale: float, width: int) -> list[list[
         parts = [f"{ms / PERIODS:.2f} ms, {share:.0%}" for ms, share in shares.values()] or ["-", "-"]
         rows.append([type(algorithm).__name__, *figures, f"{saved:.0%}", *parts])
     return rows
+
+
+def say(rank: int, what: str) -> None:
+    """Tell on standard error how far the measurement is."""
+    if rank == 0:
+        print(f"{time.strftime('%X')} {what}", file=sys.stderr, flush=True)
 
 
 def profiled(training: Training) -> dict[str, tuple[float, float]]:
@@ -243,21 +252,33 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' sizes")
+    parser.add_argument("--only", choices=("offload", "overlap"), help="one of the two parts")
     parser.add_argument("--width", type=int, default=0, help="of the matrices of the computation")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     print(f"{torch.cuda.get_device_name(device) if on_gpu else 'CPU'}, torch {torch.__version__}\n", flush=True)
+    if arguments.only != "overlap":
+        report_offload(device, arguments.scale, arguments.repeats)
+    if arguments.only != "offload":
+        report_overlap(device, arguments.scale, arguments.width or (4096 if on_gpu else 256))
+
+
+def report_offload(device: torch.device, scale: float, repeats: int) -> None:
+    """Print what offload costs."""
     rows = []
     for title, shapes in (("25.6 M", resnet50_shapes()), ("302 M", transformer_shapes())):
-        rows.append(offload_row(f"SlowMo, {title}", scaled(shapes, arguments.scale), device, arguments.repeats))
+        rows.append(offload_row(f"SlowMo, {title}", scaled(shapes, scale), device, repeats))
     print(table(OFFLOAD_HEADER, rows) + "\n", flush=True)
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    width = arguments.width or (4096 if on_gpu else 256)
-    environment = TWO_HOSTS_ON_ONE_CARD if on_gpu else {}
+
+
+def report_overlap(device: torch.device, scale: float, width: int) -> None:
+    """Print what overlap hides."""
+    environment = TWO_HOSTS_ON_ONE_CARD if device.type == "cuda" else {}
     first, _ = run_trainers(
-        2, measure, arguments.device, arguments.scale, width, environment=environment, limit=120, expect_failure=False
+        2, measure, str(device), scale, width, environment=environment, limit=240, expect_failure=False
     )
     print(table(OVERLAP_HEADER, first), flush=True)
 

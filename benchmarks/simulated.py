@@ -28,6 +28,7 @@ from lightning_slowmo import PRESETS, LocalSGD, SimulatedStrategy, SlowMo
 from lightning_slowmo.replicas import Stage
 from recipes.images import ImageClassifier
 from recipes.images.data import InMemoryImages
+from recipes.images.module import GRAPHS
 from recipes.images.networks import cifar_resnet18
 from recipes.schedules import constant
 
@@ -62,8 +63,9 @@ class Clock(L.Callback):
 def seconds_per_worker_step(strategy, workers, batch, steps, warmup, compile, precision):
     """Train, and divide the time after the warm-up by steps and workers."""
     L.seed_everything(1, verbose=False)
-    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    model = ImageClassifier(cifar_resnet18(), sgd, constant, channels_last=True, compile=compile)
+    capture = torch.cuda.is_available() and compile not in GRAPHS
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=torch.cuda.is_available())
+    model = ImageClassifier(cifar_resnet18(), sgd, constant, channels_last=True, compile=compile, capture=capture)
     clock = Clock(warmup)
     trainer = L.Trainer(
         strategy=strategy,
@@ -214,7 +216,7 @@ def main():
     parser.add_argument("--steps", type=int, default=24, help="of all workers, after the warm-up")
     parser.add_argument("--algorithms", default="slowmo", help="presets, with commas between them")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--compile", help="a mode of torch.compile for the network; on a GPU reduce-overhead")
+    parser.add_argument("--compile", help="a mode of torch.compile; on a GPU default, captured as one graph")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--host", action="store_true", help="measure Python's part instead, of no network")
     arguments = parser.parse_args()
@@ -229,7 +231,7 @@ def main():
         report_host(arguments.workers, arguments.steps, arguments.repeats)
         return
     gpu = torch.cuda.is_available()
-    compile = arguments.compile or ("reduce-overhead" if gpu else None)
+    compile = arguments.compile or ("default" if gpu else None)
     precision = "bf16-mixed" if gpu else "32-true"
     print(torch.cuda.get_device_name() if gpu else "CPU", f"torch {torch.__version__} {precision} compile={compile}")
     measure = partial(seconds_per_worker_step, batch=arguments.batch, compile=compile, precision=precision)

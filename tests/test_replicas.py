@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_slowmo import DiLoCo, LocalSGD, SlowMo
-from lightning_slowmo.replicas import Memory, Stage, memory_of_worker
+from lightning_slowmo.replicas import Memory, Stage, buffers, memory_of_worker
 from lightning_slowmo.replicas.optimizers import move_together
 from lightning_slowmo.replicas.randomness import NumpyRandomness, Randomness
 from lightning_slowmo.replicas.rows import Rows
@@ -211,6 +211,22 @@ def test_buffers_that_grow_or_appear_are_each_workers_own(static):
         stage.put(index)
         assert module.seen.tolist() == [index, 10.0 + index, 20.0 + index]
         assert module.nothing.item() == 10.0 + index
+
+
+def test_buffers_are_copied_together_also_where_one_is_none(monkeypatch):
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    module.loss = nn.CrossEntropyLoss()  # its buffer with the weights of classes is None
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 2, static=True)
+    alone = []
+    monkeypatch.setattr(buffers, "_copy", lambda source, target: alone.append(source))
+    for value in (0.0, 1.0):
+        for index in range(2):
+            stage.put(index)
+            module[1].running_mean.add_(value + index)
+    assert not alone
+    for index in range(2):
+        stage.put(index)
+        assert module[1].running_mean.tolist() == [1.0 + 2 * index] * 4
 
 
 def test_a_row_says_whether_kernels_can_take_it():

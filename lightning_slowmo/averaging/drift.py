@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,7 @@ class Drift:
         by_device: dict[torch.device, list[Tensor]] = {}
         for square in self._squares:
             by_device.setdefault(square.device, []).append(square)
-        totals = [torch.stack(squares).sum(0).cpu() for squares in by_device.values()]  # a GPU waits here, once
-        distance, norm = torch.stack(totals).sum(0).sqrt().tolist()
+        sums = [torch.stack(own).sum(0) if len(own) > 1 else own[0] for own in by_device.values()]
+        each = [total.tolist() for total in sums]  # a GPU waits here, once
+        distance, norm = (math.sqrt(sum(squares)) for squares in zip(*each, strict=True))
         return distance / norm if norm else distance

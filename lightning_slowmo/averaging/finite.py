@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,10 +23,18 @@ def is_finite(layout: Layout) -> bool:
         if table is None:
             others |= {id(parameter): local(parameter) for parameter, _, _ in bucket.spans}
             continue
-        if bucket.device not in flags:
-            flags[bucket.device] = torch.zeros(1, dtype=torch.int32, device=bucket.device)
+        flags[bucket.device] = _lowered_flag(bucket.device)
         table.find_nonfinite(flags[bucket.device])
-    return are_finite(list(others.values())) and not any(int(flag) for flag in flags.values())
+    raised = [flag for flag in flags.values() if flag.item()]
+    for flag in raised:
+        flag.zero_()
+    return are_finite(list(others.values())) and not raised
+
+
+@lru_cache(maxsize=64)
+def _lowered_flag(device: torch.device) -> Tensor:
+    """An integer on a device that kernels raise; whoever finds it raised lowers it."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import is_
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -67,13 +68,11 @@ class BuffersOnStage:
     def _look(self) -> None:
         """Note which tensors both have now, and whether they can be copied one to one."""
         self._known = theirs, mine = self._present()
-        pairs = [(a, b) for a, b in zip(theirs, mine, strict=False) if a is not None and b is not None]
-        self._alike = (
-            all(list(others) == list(own) for _, _, others, own in self._pairs)
-            and len(pairs) == len(theirs) == len(mine)
-            and all(a.shape == b.shape for a, b in pairs)
+        alike = all(list(others) == list(own) for _, _, others, own in self._pairs) and all(
+            _shape(a) == _shape(b) for a, b in zip(theirs, mine, strict=True)
         )
-        self._copying = Copying([a for a, _ in pairs], [b for _, b in pairs]) if self._alike else None
+        tensors = [[buffer for buffer in each if buffer is not None] for each in (theirs, mine)]
+        self._copying = Copying(*tensors) if alike else None
 
     def _is_as_before(self) -> bool:
         """Whether both have the tensors that they had: nothing was registered or bound anew."""
@@ -81,6 +80,10 @@ class BuffersOnStage:
             len(now) == len(known) and all(map(is_, now, known))
             for now, known in zip(self._present(), self._known, strict=True)
         )
+
+
+def _shape(buffer: Tensor | None) -> torch.Size | None:
+    return None if buffer is None else buffer.shape  # a loss without class weights, say, has a buffer that is None
 
 
 def _register(source: Module, target: Module) -> None:

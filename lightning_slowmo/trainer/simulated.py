@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_slowmo import private
 from lightning_slowmo.algorithms import Algorithm
+from lightning_slowmo.bucket_sizes import sizes_for
 from lightning_slowmo.callbacks import AtSyncMixin
 from lightning_slowmo.checkpoint import Restored
 from lightning_slowmo.communication.in_process import in_process, together
@@ -148,7 +149,10 @@ class SimulatedMixin(DealingMixin):
         self._stage = Stage(self.lightning_module, self.optimizers, len(self.cores), self._static)
         replicas = self._stage.replicas
 
+        sizes = sizes_for(self.root_device, len(self.cores))
+
         def make_engine(core: StrategyCore) -> None:
+            core.workers.sizes = sizes
             replica = replicas[core.workers.rank]
             core.make_engine(replica.optimizers, replica.module).on_sync = partial(self._on_sync, core)
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
 """Images and labels."""
@@ -30,17 +30,27 @@ class Batches:
         workers: number of workers.
         shuffle: whether it is for training.
         seed: of the shuffles.
+        device: where tensors of indices are wanted; None: lists.
 
     Raises:
         ValueError: if there are too few examples.
     """
 
-    def __init__(self, examples: int, batch_size: int, rank: int, workers: int, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        examples: int,
+        batch_size: int,
+        rank: int,
+        workers: int,
+        shuffle: bool,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         fewest = batch_size * workers if shuffle else workers
         if examples < fewest:
             raise ValueError(f"{examples} examples are too few for {workers} workers with batches of {batch_size}.")
         self.examples, self.batch_size, self.rank, self.workers = examples, batch_size, rank, workers
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.device = shuffle, seed, 0, device
 
     @property
     def sampler(self) -> Batches:
@@ -57,67 +67,74 @@ class Batches:
             return self.examples // (self.batch_size * self.workers)
         return math.ceil(self.examples / (self.batch_size * self.workers))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         """Go through one epoch."""
+        parts = self._parts()
+        yield from parts if self.device is not None else (part.tolist() for part in parts)
+
+    def _parts(self) -> Sequence[Tensor]:
         if not self.shuffle:
-            mine = torch.arange(self.rank, self.examples, self.workers)
-            yield from (part.tolist() for part in mine.tensor_split(len(self)))
-            return
+            return torch.arange(self.rank, self.examples, self.workers, device=self.device).tensor_split(len(self))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         mine = torch.randperm(self.examples, generator=generator)[self.rank :: self.workers]
-        yield from (part.tolist() for part in mine.split(self.batch_size)[: len(self)])
+        return mine.to(self.device or "cpu").split(self.batch_size)[: len(self)]
 
 
 class TensorBatches(Dataset):
-    """Images and labels in memory, a whole batch at a time."""
+    """Images and labels in memory, of the CPU or a GPU, a whole batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
 
-    def __getitem__(self, rows: list[int]) -> Batch:
+    def __getitem__(self, rows: Tensor) -> Batch:
         return self.images[rows], self.labels[rows]
 
 
-class RandomCrop(nn.Module):
-    """Pad by reflection, then cut out a window of the old size, at a place of its own for each image.
+class CropAndFlip(nn.Module):
+    """Pad by reflection, cut out a window of the old size, and mirror half of the images, each by a choice of its own.
+
+    All of it is one gathering of pixels, by tables that say which rows and columns each choice takes.
 
     Args:
-        padding: pixels on each side.
+        crop: pixels of padding on each side; 0 does not crop.
+        flip: whether images are mirrored.
         generator: source of randomness, on the CPU.
     """
 
-    def __init__(self, padding: int, generator: torch.Generator) -> None:
+    def __init__(self, crop: int, flip: bool, generator: torch.Generator) -> None:
         super().__init__()
-        self.padding, self.generator = padding, generator
+        self.crop, self.flip, self.generator = crop, flip, generator
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._made_for: tuple[torch.Size, torch.device] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Crop a batch."""
-        count, _, height, width = images.shape
-        padded = v2.functional.pad(images, [self.padding] * 4, padding_mode="reflect")
-        places = torch.randint(2 * self.padding + 1, (2, count), generator=self.generator)
-        places = places.to(images.device, non_blocking=True)  # else the host would wait for the GPU
-        rows = places[0, :, None] + torch.arange(height, device=images.device)
-        columns = places[1, :, None] + torch.arange(width, device=images.device)
-        each = torch.arange(count, device=images.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        """Augment a batch."""
+        if not (self.crop or self.flip):
+            return images
+        count, choices = len(images), 2 * self.crop + 1
+        places = torch.zeros(2, count, dtype=torch.long)
+        if self.crop:
+            places = torch.randint(choices, (2, count), generator=self.generator)
+        if self.flip:
+            places[1] += choices * (torch.rand(count, generator=self.generator) < 0.5)
+        top, left = places.to(images.device, non_blocking=True)  # else the host would wait for a GPU
+        each, rows, columns = self._tables_for(images)
+        return images.permute(0, 2, 3, 1)[each, rows[top][:, :, None], columns[left][:, None]].permute(0, 3, 1, 2)
+
+    def _tables_for(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of the images, and for each choice the rows that it takes, and the columns, then mirrored."""
+        made_for = images.shape, images.device
+        if self._tables is None or self._made_for != made_for:
+            rows, columns = (_windows(size, self.crop).to(images.device) for size in images.shape[2:])
+            each = torch.arange(len(images), device=images.device)[:, None, None]
+            self._tables, self._made_for = (each, rows, torch.cat([columns, columns.flip(1)])), made_for
+        return self._tables
 
 
-class RandomFlip(nn.Module):
-    """Mirror half of the images.
-
-    Args:
-        generator: source of randomness, on the CPU.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Mirror some of a batch."""
-        mirrored = torch.rand(len(images), generator=self.generator) < 0.5
-        mirrored = mirrored.to(images.device, non_blocking=True)
-        return torch.where(mirrored[:, None, None, None], v2.functional.horizontal_flip(images), images)
+def _windows(size: int, padding: int) -> Tensor:
+    """The pixels of a row of ``size``, padded by reflection, that a window as long takes, at each of its places."""
+    padded = nn.functional.pad(torch.arange(size)[None, None].double(), (padding, padding), mode="reflect")
+    return padded.long().flatten().unfold(0, size, 1)
 
 
 class Normalize(nn.Module):

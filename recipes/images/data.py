@@ -8,19 +8,18 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from recipes.images import files
-from recipes.images.batches import Batch, Batches, Normalize, RandomCrop, RandomFlip, TensorBatches
+from recipes.images.batches import Batch, Batches, CropAndFlip, Normalize, TensorBatches
 from recipes.images.files import Images
 
 FIELDS = ("images", "labels")
 
 
 class InMemoryImages(L.LightningDataModule):
-    """Small images in memory, one byte tensor that the workers of a machine share.
+    """Small images in memory: one byte tensor that the workers of a machine share, or, on a GPU, in the GPU's memory.
 
     The test images also serve as validation images, as in the papers, unless some are held out; nothing is chosen by
     them.
@@ -65,11 +64,10 @@ class InMemoryImages(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the images, and make this worker's augmentation."""
         assert self.trainer is not None
-        self.images = self.images or self._split(self.read())
+        images, device = self.images or self._split(self.read()), self.trainer.strategy.root_device
+        self.images = {name: tensor.to(device) for name, tensor in images.items()} if device.type == "cuda" else images
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_rank)
-        steps: list[nn.Module] = [RandomCrop(self.crop, generator)] if self.crop else []
-        steps += [RandomFlip(generator)] if self.flip else []
-        self.augment = nn.Sequential(*steps)
+        self.augment = CropAndFlip(self.crop, self.flip, generator)
 
     def _split(self, images: Images) -> Images:
         """Images with those for validation."""
@@ -106,8 +104,9 @@ class InMemoryImages(L.LightningDataModule):
             self.trainer.world_size,
             shuffle=split == "train",
             seed=self.seed,
+            device=data.labels.device,
         )
-        return DataLoader(data, batch_size=None, sampler=batches, pin_memory=torch.cuda.is_available())
+        return DataLoader(data, batch_size=None, sampler=batches)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment in training, and normalize, where the model is."""

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recipes.images.batches import Batch
+from recipes.images.captured import CapturedObjective, Objective
+
+GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of ``torch.compile`` that capture graphs."""
 
 
 class ImageClassifier(L.LightningModule):
@@ -26,7 +30,13 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: share of the target that is spread over all classes.
         decay_norms: whether weight decay also applies to biases and the parameters of norms.
         channels_last: whether the network's memory format is channels last, which some hardware likes.
-        compile: mode of ``torch.compile`` for the network, such as ``"reduce-overhead"``; None does not compile it.
+        compile: mode of ``torch.compile`` for network and loss in training, such as ``"default"`` or
+            ``"reduce-overhead"``; None does not compile them.
+        capture: whether loss and gradients of a training step are captured as one CUDA graph, for a GPU that would wait
+            for the host: see :mod:`recipes.images.captured`.
+
+    Raises:
+        ValueError: if a mode of ``torch.compile`` that captures graphs by itself is to be captured.
     """
 
     def __init__(
@@ -38,16 +48,27 @@ class ImageClassifier(L.LightningModule):
         decay_norms: bool = True,
         channels_last: bool = False,
         compile: str | None = None,
+        capture: bool = False,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last) if channels_last else network
-        if compile is not None:
-            self.network.compile(mode=compile)
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.decay_norms = decay_norms
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.objective: Objective = self._objective
+        if compile is not None:
+            self.objective = torch.compile(self._objective, mode=compile)
+        if capture:
+            if compile in GRAPHS:
+                raise ValueError(
+                    f"compile={compile!r} captures graphs by itself. With capture=True use compile='default', or None."
+                )
+            self.objective = CapturedObjective(self.objective, self.network)
+
+    def _objective(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self(images), labels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -56,9 +77,17 @@ class ImageClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         images, labels = batch
-        loss = self.loss(self(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        loss = self.objective(images, labels)
+        if self._logs:
+            self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    @property
+    def _logs(self) -> bool:
+        """Whether loggers take what this step logs; for any other, logging takes a fast step's host a tenth longer."""
+        trainer: Any = self.trainer
+        period = trainer.log_every_n_steps
+        return bool(period) and (trainer.global_step + 1) % period == 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a batch."""

@@ -1,9 +1,17 @@
 """Simulated workers on a GPU, whose values are copied to one place, against the CPU, where they are pointed to."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
-from lightning_slowmo import SimulatedStrategy
+from lightning_slowmo import SimulatedStrategy, SlowMo
+from recipes.images import ImageClassifier
+from recipes.images.captured import CapturedObjective
+from recipes.images.data import InMemoryImages
+from recipes.images.networks import small_cnn
+from recipes.schedules import constant
 from tests.test_contract import configured
 from tests.trainer.models import distance, trainer
 from tests.trainer.test_simulated import CASES, fit, loader
@@ -36,3 +44,46 @@ def test_every_worker_has_a_loss_scale_of_its_own():
     fitted.fit(module, loader(range(WORKERS)))
     assert fitted.global_step == 12
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+class Pictures(InMemoryImages):
+    """Noise, of two sizes of batches in training and evaluation."""
+
+    def read(self):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (240, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (240,), generator=generator)
+        return {"train_images": images, "train_labels": labels, "test_images": images[:50], "test_labels": labels[:50]}
+
+
+def classify(accelerator, capture, strategy="auto", **options):
+    """A fit of a small network in float64, with validation in the middle."""
+    torch.manual_seed(0)
+    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    module = ImageClassifier(small_cnn(width=4), sgd, constant, channels_last=True, capture=capture)
+    options = {"precision": "64-true", "max_epochs": 2, "log_every_n_steps": 1} | options
+    fitted = trainer(1, strategy, accelerator=accelerator, **options)
+    fitted.fit(module, datamodule=Pictures(10, crop=1, flip=True))
+    return module, float(fitted.callback_metrics["val/loss"])
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_captured_step_trains_as_one_on_the_cpu_does(workers, options):
+    strategies = [SimulatedStrategy(SlowMo(sync_every=3), workers) if workers > 1 else "auto" for _ in range(2)]
+    plain = classify("cpu", False, strategies[0], **options)
+    captured = classify("gpu", True, strategies[1], **options)
+    assert distance(plain[0], captured[0]) < TOLERANCE
+    assert plain[1] == pytest.approx(captured[1], abs=100 * TOLERANCE)
+
+
+def test_a_captured_step_refuses_float16_and_a_second_batch_before_the_first_ones_gradients():
+    with pytest.raises(ValueError, match="does not scale losses"):
+        classify("gpu", True, precision="16-mixed")
+    network = small_cnn(width=4).cuda()
+    objective = CapturedObjective(lambda images, labels: nn.functional.cross_entropy(network(images), labels), network)
+    batch = torch.randn(4, 3, 8, 8, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+    loss = objective(*batch)
+    objective(*batch)
+    with pytest.raises(RuntimeError, match="before the next batch"):
+        loss.backward()

@@ -12,7 +12,7 @@ import torchvision.datasets.cifar
 from torch import nn
 
 from recipes.images import Cifar10, Digits, ImageClassifier, ImageNet, files
-from recipes.images.batches import Batches, RandomCrop, RandomFlip
+from recipes.images.batches import Batches, CropAndFlip
 from recipes.images.networks import CifarResNet, cifar_resnet18, mlp, small_cnn
 from recipes.schedules import constant
 from tests.recipes.data import CLASSES, write_cifar10, write_tar, write_tree
@@ -168,7 +168,7 @@ def test_too_few_examples_are_refused():
 
 def test_each_image_is_cropped_at_a_place_of_its_own():
     images = torch.arange(6 * 7, dtype=torch.uint8).view(1, 1, 6, 7).repeat(200, 1, 1, 1)
-    cropped = RandomCrop(2, torch.Generator().manual_seed(0))(images)
+    cropped = CropAndFlip(2, False, torch.Generator().manual_seed(0))(images)
     assert cropped.shape == images.shape
     padded = np.pad(images[0, 0].numpy(), 2, mode="reflect")
     windows = {padded[i : i + 6, j : j + 7].tobytes() for i in range(5) for j in range(5)}
@@ -177,10 +177,19 @@ def test_each_image_is_cropped_at_a_place_of_its_own():
 
 def test_half_of_the_images_are_mirrored():
     images = torch.arange(12).view(1, 1, 3, 4).repeat(400, 1, 1, 1)
-    out = RandomFlip(torch.Generator().manual_seed(0))(images)
+    out = CropAndFlip(0, True, torch.Generator().manual_seed(0))(images)
     mirrored = (out == images.flip(3)).flatten(1).all(1)
     assert ((out == images).flatten(1).all(1) ^ mirrored).all()
     assert 150 < mirrored.sum() < 250
+
+
+def test_what_is_cropped_can_be_mirrored():
+    image = torch.arange(6 * 7, dtype=torch.uint8).view(1, 1, 6, 7)
+    augmented = CropAndFlip(2, True, torch.Generator().manual_seed(0))(image.repeat(600, 1, 1, 1))
+    padded = np.pad(image[0, 0].numpy(), 2, mode="reflect")
+    windows = [padded[i : i + 6, j : j + 7] for i in range(5) for j in range(5)]
+    expected = {view.tobytes() for window in windows for view in (window, window[:, ::-1])}
+    assert {each.numpy().tobytes() for each in augmented[:, 0].contiguous()} == expected, "all 50, and no others"
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -267,3 +276,24 @@ def test_norms_and_biases_can_be_left_undecayed():
         "1.weight": 0.0,
         "1.bias": 0.0,
     }
+
+
+def test_a_captured_step_needs_a_gpu_and_no_other_capture(tmp_path):
+    with pytest.raises(ValueError, match=r"'reduce-overhead' captures graphs by itself.*compile='default'"):
+        ImageClassifier(mlp(), torch.optim.SGD, constant, compile="reduce-overhead", capture=True)
+    module = ImageClassifier(mlp(), lambda own: torch.optim.SGD(own, lr=0.1), constant, capture=True)
+    fitting = L.Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="capture=True needs a GPU, and the batch is on cpu"):
+        fitting.fit(module, datamodule=Digits())
+
+
+def test_a_compiled_objective_trains_as_it_is(tmp_path):
+    fitted = []
+    for mode in (None, "default"):
+        torch.manual_seed(0)
+        module = ImageClassifier(mlp(hidden=8), lambda own: torch.optim.SGD(own, lr=0.1), constant, compile=mode)
+        options = {"logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+        L.Trainer(accelerator="cpu", max_steps=3, limit_val_batches=0, **options).fit(module, datamodule=Digits())
+        fitted.append(module)
+    for one, other in zip(fitted[0].parameters(), fitted[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -48,6 +48,8 @@ class Table:
         self.addresses = torch.empty(len(lengths), dtype=torch.int64, device=bucket.device)
         self._places_are_even = not bool((rows[:, 1:] % 4).any())
         self._known: list[int] = []
+        self._parameters = [parameter for parameter, _, _ in bucket.spans]
+        self._are_plain = all(held(parameter) is parameter for parameter in self._parameters)
         self._constants: dict[str, Any] = {"KIND": KINDS[bucket.parameter_dtype], "TILE": passes.TILE}
 
     def refresh(self) -> bool:
@@ -57,12 +59,14 @@ class Table:
             Whether the kernels can work on them: they are dense, as they were.
         """
         bucket = self.bucket
-        if bucket.storage is local:  # asks the parameters themselves: hundreds of views would cost a small model's sync
-            now = [held(parameter).data_ptr() for parameter, _, _ in bucket.spans]
+        if bucket.storage is not local:
+            now = [bucket.storage(parameter).data_ptr() for parameter in self._parameters]
+        elif self._are_plain:  # hundreds of calls, or of views, would cost a small model's sync
+            now = [parameter.data_ptr() for parameter in self._parameters]
         else:
-            now = [bucket.storage(parameter).data_ptr() for parameter, _, _ in bucket.spans]
+            now = [held(parameter).data_ptr() for parameter in self._parameters]
         if now != self._known:
-            if not all(is_dense(bucket.storage(parameter)) for parameter, _, _ in bucket.spans):
+            if not all(is_dense(bucket.storage(parameter)) for parameter in self._parameters):
                 return False
             self.addresses.copy_(torch.tensor(now), non_blocking=True)
             self._known = now
