@@ -6,7 +6,7 @@ time, so it is captured once and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,15 +22,18 @@ WARM_UP = 3
 class CapturedObjective:
     """An objective of which loss and gradients come from a replay, where it can be differentiated once per call.
 
-    It is captured anew when shapes, or the places of parameters and buffers, have changed.
+    It is captured anew when shapes, or the places of parameters and buffers, have changed. Gradients are handed to the
+    parameters past autograd's own accumulation, which takes the host longer than the replay; so hooks on them, such as
+    DDP's, are not called.
 
     Args:
         objective: what to capture; its operations must be the same each time, and wait for nothing on the host.
-        module: whose parameters get gradients, and whose buffers the objective changes.
+        module: whose parameters get gradients, and whose buffers the objective changes. It keeps both.
     """
 
     def __init__(self, objective: Objective, module: nn.Module) -> None:
         self._objective, self._module = objective, module
+        self._tensors: list[Tensor] = []
         self._capture: Capture | None = None
         self._made_for: Any = None
 
@@ -45,15 +48,15 @@ class CapturedObjective:
             raise ValueError(f"capture=True needs a GPU, and the batch is on {images.device}. Leave it out there.")
         if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
             raise ValueError("capture=True does not scale losses. Use precision='bf16-mixed' in place of '16-mixed'.")
-        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        places = [tensor.data_ptr() for tensor in (*parameters, *self._module.buffers())]
+        self._tensors = self._tensors or [*self._module.parameters(), *self._module.buffers()]
+        places = [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
         made_for = images.shape, images.dtype, labels.shape, places, torch.is_autocast_enabled("cuda")
         if self._capture is None or made_for != self._made_for:
             self._capture = None  # its memory goes first
-            self._capture = Capture(self._objective, images, labels, parameters, list(self._module.buffers()))
+            self._capture = Capture(self._objective, images, labels, self._module)
             self._made_for = made_for
         self._capture.replay(images, labels)
-        return _Replayed.apply(self._capture, *parameters)
+        return _Replayed.apply(self._capture, self._capture.anchor)
 
 
 class Capture:
@@ -63,19 +66,14 @@ class Capture:
         objective: images and labels to a loss.
         images: of a first batch.
         labels: of a first batch.
-        parameters: that get gradients.
-        buffers: that the objective changes; warming up leaves them as they are.
+        module: whose parameters get gradients, and whose buffers warming up leaves as they are.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        images: Tensor,
-        labels: Tensor,
-        parameters: Sequence[Tensor],
-        buffers: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, objective: Objective, images: Tensor, labels: Tensor, module: nn.Module) -> None:
         self._images, self._labels = images.clone(), labels.clone()
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.anchor = torch.zeros((), device=images.device, requires_grad=True)
+        """What autograd takes the loss to depend on."""
         self.replays = 0
 
         def gradients() -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -83,41 +81,56 @@ class Capture:
             # Casts of weights that autocast keeps would outlive the graph, in whose memory they lie.
             with torch.enable_grad(), torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
                 loss = objective(self._images, self._labels)
-            return loss.detach(), torch.autograd.grad(loss, parameters)
+            return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
-        before = [buffer.clone() for buffer in buffers]
+        before = [buffer.clone() for buffer in module.buffers()]
         beside, present = torch.cuda.Stream(images.device), torch.cuda.current_stream(images.device)
         beside.wait_stream(present)
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):
                 gradients()
         present.wait_stream(beside)
-        for buffer, values in zip(buffers, before, strict=True):
+        for buffer, values in zip(module.buffers(), before, strict=True):
             buffer.copy_(values)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self.loss, self.gradients = gradients()
+            self.loss, self._gradients = gradients()
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
         """Compute loss and gradients of a batch, in the place of the last one's."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is gradient:  # still wanted, and about to be overwritten
+                parameter.grad = gradient.clone()
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._graph.replay()
         self.replays += 1
 
+    def hand_over(self, outer: Tensor) -> None:
+        """Give the parameters their gradients, or add to those that they have.
+
+        Args:
+            outer: the derivative of what is minimized by the loss: one, or less where steps are accumulated.
+        """
+        torch._foreach_mul_(self._gradients, outer)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+
 
 class _Replayed(torch.autograd.Function):
-    """Hands a replay's results to autograd."""
+    """Lets ``loss.backward()`` hand a replay's gradients over."""
 
     @staticmethod
-    def forward(ctx: Any, capture: Capture, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, capture: Capture, anchor: Tensor) -> Tensor:
         ctx.capture, ctx.replays = capture, capture.replays
         return capture.loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        capture = ctx.capture
-        if capture.replays != ctx.replays:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:
+        if ctx.capture.replays != ctx.replays:
             raise RuntimeError("With capture=True call backward on a batch's loss before the next batch is computed.")
-        # Copies: what lies in the graph's memory is overwritten by the next replay.
-        return None, *torch._foreach_mul(capture.gradients, outer[0])
+        ctx.capture.hand_over(outer[0])
+        return None, None

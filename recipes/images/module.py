@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from recipes.images.batches import Batch
@@ -88,6 +89,17 @@ class ImageClassifier(L.LightningModule):
         trainer: Any = self.trainer
         period = trainer.log_every_n_steps
         return bool(period) and (trainer.global_step + 1) % period == 0
+
+    def on_train_start(self) -> None:
+        """Refuse DDP where gradients go past it.
+
+        Raises:
+            ValueError: if gradients are captured, and DDP waits for them.
+        """
+        if isinstance(self.objective, CapturedObjective) and isinstance(
+            self.trainer.strategy.model, DistributedDataParallel
+        ):
+            raise ValueError("capture=True hands gradients over past DDP's hooks. Use strategy=allreduce in its place.")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a batch."""

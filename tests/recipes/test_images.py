@@ -285,6 +285,9 @@ def test_a_captured_step_needs_a_gpu_and_no_other_capture(tmp_path):
     fitting = L.Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match="capture=True needs a GPU, and the batch is on cpu"):
         fitting.fit(module, datamodule=Digits())
+    ddp = L.Trainer(accelerator="cpu", strategy="ddp", devices=1, max_steps=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"past DDP's hooks. Use strategy=allreduce"):
+        ddp.fit(module, datamodule=Digits())
 
 
 def test_a_compiled_objective_trains_as_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_options_that_need_processes_are_refused():
 
 class Fitting:
     global_rank, world_size = 0, 1
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def test_images_that_are_held_out_are_validated_and_not_trained_on():
