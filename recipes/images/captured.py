@@ -15,6 +15,8 @@ from torch import Tensor, nn
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Images and labels to a loss."""
 
+DEVICE = "cuda"
+
 WARM_UP = 3
 """Steps before the capture, in which libraries choose their kernels and compilers compile."""
 
@@ -44,13 +46,13 @@ class CapturedObjective:
             ValueError: if the batch is not on a GPU, or the objective is computed in float16, whose gradients vanish
                 unless the loss is scaled before they are computed.
         """
-        if not images.is_cuda:
+        if images.device.type != DEVICE:
             raise ValueError(f"capture=True needs a GPU, and the batch is on {images.device}. Leave it out there.")
-        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
+        if torch.is_autocast_enabled(DEVICE) and torch.get_autocast_dtype(DEVICE) is torch.float16:
             raise ValueError("capture=True does not scale losses. Use precision='bf16-mixed' in place of '16-mixed'.")
         self._tensors = self._tensors or [*self._module.parameters(), *self._module.buffers()]
         places = [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
-        made_for = images.shape, images.dtype, labels.shape, places, torch.is_autocast_enabled("cuda")
+        made_for = images.shape, images.dtype, labels.shape, places, torch.is_autocast_enabled(DEVICE)
         if self._capture is None or made_for != self._made_for:
             self._capture = None  # its memory goes first
             self._capture = Capture(self._objective, images, labels, self._module)
@@ -77,9 +79,9 @@ class Capture:
         self.replays = 0
 
         def gradients() -> tuple[Tensor, tuple[Tensor, ...]]:
-            dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+            dtype, enabled = torch.get_autocast_dtype(DEVICE), torch.is_autocast_enabled(DEVICE)
             # Casts of weights that autocast keeps would outlive the graph, in whose memory they lie.
-            with torch.enable_grad(), torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            with torch.enable_grad(), torch.autocast(DEVICE, dtype=dtype, enabled=enabled, cache_enabled=False):
                 loss = objective(self._images, self._labels)
             return loss.detach(), torch.autograd.grad(loss, self._parameters)
 
