@@ -104,14 +104,14 @@ def test_a_sweep_runs_by_itself_over_keys_that_exist(experiment, tmp_path):
 @pytest.mark.processes
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_image_experiments_train(tmp_path, every):
-    """The first and the last of each folder; in ``make faults`` every one. Strategies have tests of their own."""
+    """One of each folder; in ``make faults`` every one. Strategies have tests of their own."""
     write_tree(tmp_path / "small", size=16)
     write_tar(tmp_path / "small", tmp_path / "small.tar.xz")
     write_tree(tmp_path / "large", size=40, split="val")
     runs: dict[Path, list[str]] = {}
     folders: set[str] = set()
-    first, last = ({folder_of(name): name for name in names} for names in (reversed(EXPERIMENTS), EXPERIMENTS))
-    for experiment in EXPERIMENTS if every else sorted({*first.values(), *last.values()}):
+    last = {folder_of(name): name for name in EXPERIMENTS}
+    for experiment in EXPERIMENTS if every else last.values():
         if folder_of(experiment) in ("multi30k", "wmt16", "text"):
             continue  # in test_translation.py and test_text.py
         overrides = [f"experiment={experiment}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=1"]
@@ -133,7 +133,7 @@ def test_image_experiments_train(tmp_path, every):
         if OmegaConf.select(config, "strategy.algorithm.warmup_steps"):
             overrides += ["strategy.algorithm.warmup_steps=1"]
         runs[tmp_path / "runs" / experiment] = overrides
-    assert len(runs) > (50 if every else 10)
+    assert len(runs) > (50 if every else 5)
     run_all(runs, limit=600)
     for folder, overrides in runs.items():
         record = Record.read(folder)
