@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -152,7 +153,9 @@ class SimulatedState(SingleDeviceStrategy):
 
         def restore(core: StrategyCore) -> None:
             rank = core.workers.rank
-            states = (self._restored[rank].entries or {}).get("optimizer_states", checkpoint["optimizer_states"])
+            states = (self._restored[rank].entries or {}).get("optimizer_states")
+            if states is None:  # of another number of workers, so that all have the same, and need their own copies
+                states = deepcopy(checkpoint["optimizer_states"])
             for optimizer, state in zip(replicas[rank].optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
             core.restore(self._restored[rank])

@@ -75,6 +75,23 @@ def test_another_number_of_workers_goes_on_from_the_consensus_and_says_so(tmp_pa
     assert Model.load_from_checkpoint(path, name="slowmo", weights_only=True).net[0].weight.isfinite().all()
 
 
+class Momenta(Callback):
+    """Notes where the workers' momentum lies when training begins."""
+
+    def on_train_start(self, trainer, pl_module):
+        optimizers = [replica.optimizers[0] for replica in trainer.strategy._stage.replicas]
+        self.addresses = [state["momentum_buffer"].data_ptr() for each in optimizers for state in each.state.values()]
+
+
+def test_another_number_of_workers_does_not_share_the_optimizer_state_that_all_begin_with(tmp_path):
+    path, momenta = str(tmp_path / "a.ckpt"), Momenta()
+    maintains = SlowMo(sync_every=4, inner_buffers="maintain")
+    fit(SimulatedStrategy(maintains, 3), 1, range(3), 6, save=path)
+    with pytest.warns(UserWarning, match="saved by 3 workers and is continued by 2"):
+        fit(SimulatedStrategy(maintains, 2), 1, range(2), 9, resume=path, max_epochs=-1, callbacks=[momenta])
+    assert len(set(momenta.addresses)) == len(momenta.addresses) == 2 * 6
+
+
 def test_a_fit_that_had_ended_already_ends_with_the_consensus_again(tmp_path):
     path = str(tmp_path / "a.ckpt")
     first, _ = fit(SimulatedStrategy(LocalSGD(4), 2), 1, range(2), 6, callbacks=[SaveAt(path, 6)])
