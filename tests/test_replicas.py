@@ -12,12 +12,15 @@ from torch import nn
 
 from lightning_slowmo import DiLoCo, LocalSGD, SlowMo
 from lightning_slowmo.replicas import Memory, Stage, buffers, memory_of_worker
+from lightning_slowmo.replicas.host import HostMemory, bytes_taken, free_bytes
 from lightning_slowmo.replicas.optimizers import move_together
 from lightning_slowmo.replicas.randomness import NumpyRandomness, Randomness
 from lightning_slowmo.replicas.rows import Rows
 from tests.trainer.models import distance, numbers
 
-both = pytest.mark.parametrize("static", [False, True], ids=["pointed to", "copied"])
+places = pytest.mark.parametrize(
+    "place", [{"static": False}, {"static": True}, {"on_host": True}], ids=["pointed to", "copied", "on the host"]
+)
 sizes = pytest.mark.parametrize("width", [2, 4], ids=["unaligned", "aligned"])
 
 
@@ -25,12 +28,12 @@ def small(width=4):
     return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
 
 
-@both
+@places
 @sizes
-def test_workers_of_one_stage_do_not_mix(static, width):
+def test_workers_of_one_stage_do_not_mix(place, width):
     module = small(width)
     optimizer = torch.optim.Adam(module.parameters())
-    stage = Stage(module, [optimizer], 3, static)
+    stage = Stage(module, [optimizer], 3, **place)
     for index in range(3):
         stage.put(index)
         torch.manual_seed(index)
@@ -95,8 +98,8 @@ def test_the_memory_of_numpys_generator_is_read_where_it_is():
         assert int.from_bytes(raw[-4:], sys.byteorder) == state["pos"]
 
 
-@both
-def test_an_optimizer_that_holds_another_one_is_swapped_with_it(static):
+@places
+def test_an_optimizer_that_holds_another_one_is_swapped_with_it(place):
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, parameters, inner):
             self.inner = inner(parameters)
@@ -110,7 +113,7 @@ def test_an_optimizer_that_holds_another_one_is_swapped_with_it(static):
 
     module = nn.Linear(2, 1)
     optimizer = Wrapper(module.parameters(), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-    stage = Stage(module, [optimizer], 2, static)
+    stage = Stage(module, [optimizer], 2, **place)
     for index in (0, 0, 1):
         stage.put(index)
         module(torch.ones(1, 2) * (1 + index)).sum().backward()
@@ -123,11 +126,11 @@ def test_an_optimizer_that_holds_another_one_is_swapped_with_it(static):
     assert not torch.equal(buffers[0][1], buffers[1][1])
 
 
-@both
-def test_states_that_an_algorithm_replaces_or_drops_are_seen_on_the_stage(static):
+@places
+def test_states_that_an_algorithm_replaces_or_drops_are_seen_on_the_stage(place):
     module = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    stage = Stage(module, [optimizer], 2, static)
+    stage = Stage(module, [optimizer], 2, **place)
     for index in (0, 1):
         stage.put(index)
         module(torch.ones(1, 2)).sum().backward()
@@ -145,10 +148,10 @@ def test_states_that_an_algorithm_replaces_or_drops_are_seen_on_the_stage(static
     assert not optimizer.state
 
 
-@both
-def test_gradients_go_with_their_worker_or_are_dropped(static):
+@places
+def test_gradients_go_with_their_worker_or_are_dropped(place):
     module = nn.Linear(2, 1)
-    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 2, static)
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 2, **place)
     stage.put(0)
     module(torch.ones(1, 2)).sum().backward()
     own = module.weight.grad.clone()
@@ -199,10 +202,10 @@ class Grows(nn.Module):
             self.nothing = torch.tensor(value)
 
 
-@both
-def test_buffers_that_grow_or_appear_are_each_workers_own(static):
+@places
+def test_buffers_that_grow_or_appear_are_each_workers_own(place):
     module = Grows()
-    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 3, static)
+    stage = Stage(module, [torch.optim.SGD(module.parameters(), lr=0.1)], 3, **place)
     for value in (0.0, 10.0, 20.0):
         for index in range(3):
             stage.put(index)
@@ -294,17 +297,79 @@ def test_an_optimizer_that_needs_values_is_counted_with_the_state_that_it_has():
     assert memory_of_worker(module, [Looks(module.parameters(), lr=0.1, momentum=0.9)], SlowMo(), 8).optimizer == 0
 
 
-def test_what_a_device_cannot_hold_is_refused_with_what_it_can():
-    memory = Memory(model=4_000_000, optimizer=4_000_000, slow=8_000_000)
-    memory.check(256, free=4_096_000_000, offloaded=False)
-    memory.check(256, free=2_048_000_000, offloaded=True)
+MEMORY = Memory(model=4_000_000, optimizer=4_000_000, slow=8_000_000)
+
+
+def test_workers_lie_on_the_device_if_it_holds_them_and_else_on_the_host():
+    assert MEMORY.place(256, free=4_096_000_000, free_on_host=0, offloaded=False) is None
+    assert MEMORY.place(256, free=2_048_000_000, free_on_host=0, offloaded=True) is None
+    assert MEMORY.place(257, free=4_096_000_000, free_on_host=10**10, offloaded=False) == (
+        "257 workers need 4.11 GB for parameters, optimizer states and slow state, and the device has 4.1 GB left. So "
+        "they lie in the host's memory, of which they take 5.16 GB with what a consensus needs; workers are copied to "
+        "the device for their turns, and averages run on the CPU. With offload_slow_state='cpu' they would lie on the "
+        "device."
+    )
+    said = MEMORY.place(512, free=4_000_000_000, free_on_host=11 * 10**9, offloaded=True)
+    assert "512 workers need 4.1 GB for parameters and optimizer states" in said
+    assert "offload" not in said
+
+
+def test_what_neither_the_device_nor_the_host_can_hold_is_refused_with_what_would_fit():
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "257 workers need 4.11 GB for parameters, optimizer states and slow state, and the device has 4.1 GB left. "
-            "Use at most 256 workers, or offload_slow_state='cpu', or the CPU (accelerator='cpu')."
+            "257 workers need 4.11 GB for parameters, optimizer states and slow state, and the device has 4.1 GB left; "
+            "in the host's memory it would be 5.16 GB, and that has 5 GB left. Use at most 256 workers, or "
+            "offload_slow_state='cpu'."
         ),
     ):
-        memory.check(257, free=4_096_000_000, offloaded=False)
-    with pytest.raises(ValueError, match=r"512 workers need 4.1 GB for parameters and optimizer states.*at most 500"):
-        memory.check(512, free=4_000_000_000, offloaded=True)
+        MEMORY.place(257, free=4_096_000_000, free_on_host=5 * 10**9, offloaded=False)
+    with pytest.raises(ValueError, match=r"Use at most 199 workers\.$"):
+        MEMORY.place(512, free=10**9, free_on_host=4 * 10**9, offloaded=False)
+    with pytest.raises(ValueError, match=r"Use a smaller model\.$"):
+        MEMORY.place(2, free=10**6, free_on_host=10**7, offloaded=True)
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096, 44_700_000, 1_100_000_000])
+@pytest.mark.parametrize("workers", [1, 3, 32])
+def test_rows_of_many_workers_share_blocks_that_are_powers_of_two(size, workers, monkeypatch):
+    blocks = []
+
+    def empty(size, **_):
+        blocks.append(size)
+        return torch.zeros(1, dtype=torch.uint8).expand(size)  # takes no memory
+
+    host = HostMemory(workers, pinned=False)
+    monkeypatch.setattr(torch, "empty", lambda size, **options: empty(size, **options) if size else torch.zeros(0))
+    rows = [host.take(size, torch.int8) for _ in range(workers)]
+    assert [len(row) for row in rows] == workers * [size]
+    assert all(block & (block - 1) == 0 for block in blocks)
+    assert sum(blocks) == bytes_taken(size, workers)
+    most = {1: 2, 3: 1.5, 32: 1.13}[workers]  # found by trying all sizes
+    assert workers * size <= sum(blocks) <= most * workers * max(size, 128)
+    for _ in range(workers):
+        host.take(size, torch.int8)  # momenta, say
+    assert sum(blocks) <= 2 * bytes_taken(size, workers)
+
+
+def test_rows_of_the_host_do_not_overlap_and_each_has_a_storage_of_its_own():
+    host = HostMemory(3, pinned=False)
+    rows = [host.take(5, dtype) for _ in range(5) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    for place, row in enumerate(rows):
+        row.fill_(place)
+    assert all(row.tolist() == 5 * [place] for place, row in enumerate(rows))
+    assert all(row.untyped_storage().nbytes() == row.nbytes for row in rows)
+    assert host.take(0, torch.float32).numel() == 0
+
+
+def test_what_the_host_has_left_is_what_linux_says_and_not_more_than_a_container_may_take(tmp_path):
+    assert 0 < free_bytes() < 2**50
+    assert free_bytes(tmp_path / "nothing", tmp_path) > 0  # what sysconf says
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 2000 kB\nMemFree: 10 kB\nMemAvailable: 1000 kB\n")
+    assert free_bytes(meminfo, tmp_path) == 1024_000
+    for name, text in (("max", "max\n"), ("current", "500000\n"), ("stat", "anon 1\ninactive_file 100000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_bytes(meminfo, tmp_path) == 1024_000
+    (tmp_path / "memory.max").write_text("600000\n")
+    assert free_bytes(meminfo, tmp_path) == 200_000

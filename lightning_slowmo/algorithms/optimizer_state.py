@@ -251,6 +251,8 @@ class _Trial:
             group["params"][:] = [p for p in group["params"] if any(p is own for own in self.parameters)]
             if not isinstance(group.get("lr"), Tensor) and group.get("lr") == 0:
                 group["lr"] = 1e-3  # the start of a warm-up: at 0 nothing would move
+            if group.get("capturable") and not any(parameter.is_cuda for parameter in group["params"]):
+                group["capturable"] = False  # simulated workers of a GPU whose values lie on the host: torch refuses
         if keep:
             self._keep_state(optimizer, memo)
 

@@ -48,7 +48,7 @@ def nested_optimizers(optimizer: Any) -> list[Any]:
     return found
 
 
-def twin_of_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
+def twin_of_optimizer(optimizer: Any, memo: dict[int, Any], device: torch.device | None = None) -> Any:
     """An optimizer of the same class and options on other parameters, without the hooks of the one that there is.
 
     Tested with torch 2.15 (attributes of ``torch.optim.Optimizer``, such as ``_optimizer_step_pre_hooks``). Public
@@ -58,6 +58,7 @@ def twin_of_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
         optimizer: what to imitate; it may hold others.
         memo: the twin's parameter for each of the optimizer's, by id; groups, states and optimizers are added, so that
             what is shared stays shared.
+        device: where the twin's states are to lie; None: where the optimizer's do.
     """
     if id(optimizer) in memo:
         return memo[id(optimizer)]
@@ -66,23 +67,24 @@ def twin_of_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
         if name.startswith("_optimizer_") and name.endswith("_hooks"):
             value = type(value)()
         elif isinstance(value, torch.optim.Optimizer):
-            value = twin_of_optimizer(value, memo)
+            value = twin_of_optimizer(value, memo, device)
         elif name == "state":
-            value = _twin_of_state(value, memo)
+            value = _twin_of_state(value, memo, device)
         elif name == "param_groups":
             value = _twin_of_groups(value, memo)
         vars(twin)[name] = value
     return twin
 
 
-def _twin_of_state(state: Any, memo: dict[int, Any]) -> Any:
+def _twin_of_state(state: Any, memo: dict[int, Any], device: torch.device | None) -> Any:
     """The state of a twin, with copies of all tensors. Tested with torch 2.15. Public replacement: none."""
     if id(state) not in memo:
         twin: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         memo[id(state)] = twin
         for key, own in state.items():
             twin[memo.get(id(key), key)] = {
-                name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in own.items()
+                name: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in own.items()
             }
     return memo[id(state)]
 

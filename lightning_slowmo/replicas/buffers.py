@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from lightning_slowmo.private import is_persistent
 from lightning_slowmo.private.twins import buffers_of
+from lightning_slowmo.replicas.crossing import Crossing, Landing
 from lightning_slowmo.replicas.rows import Copying
 
 
@@ -21,10 +22,20 @@ class BuffersOnStage:
         own: the worker's.
         static: whether values are copied, so that the stage's buffers keep their addresses; otherwise the stage's
             module gets the worker's tensors.
+        landing: of the stage's buffers, if the worker's lie in the host's memory.
+        devices: where the stage's buffers belong, and the worker's.
     """
 
-    def __init__(self, stage: Module, own: Module, static: bool) -> None:
-        self._static = static
+    def __init__(
+        self,
+        stage: Module,
+        own: Module,
+        static: bool,
+        landing: Landing | None = None,
+        devices: tuple[torch.device | None, torch.device | None] = (None, None),
+    ) -> None:
+        self._static, self._landing = static, landing
+        self._stages_device, self._own_device = devices
         self._pairs = [
             (other, mine, buffers_of(other), buffers_of(mine))
             for other, mine in zip(stage.modules(), own.modules(), strict=True)
@@ -43,7 +54,7 @@ class BuffersOnStage:
             self._copying.back()
         else:
             for stage, own, _, _ in self._pairs:
-                _copy(own, stage)
+                _copy(own, stage, self._stages_device)
             self._look()
 
     def take(self) -> None:
@@ -58,7 +69,7 @@ class BuffersOnStage:
             self._copying.forth()
         else:
             for stage, own, _, _ in self._pairs:
-                _copy(stage, own)
+                _copy(stage, own, self._own_device)
             self._look()
 
     def _present(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -71,8 +82,10 @@ class BuffersOnStage:
         alike = all(list(others) == list(own) for _, _, others, own in self._pairs) and all(
             _shape(a) == _shape(b) for a, b in zip(theirs, mine, strict=True)
         )
-        tensors = [[buffer for buffer in each if buffer is not None] for each in (theirs, mine)]
-        self._copying = Copying(*tensors) if alike else None
+        self._copying: Copying | Crossing | None = None
+        if alike:
+            places, kept = ([buffer for buffer in each if buffer is not None] for each in (theirs, mine))
+            self._copying = Crossing(places, kept, self._landing) if self._landing else Copying(places, kept)
 
     def _is_as_before(self) -> bool:
         """Whether both have the tensors that they had: nothing was registered or bound anew."""
@@ -93,15 +106,13 @@ def _register(source: Module, target: Module) -> None:
             target.register_buffer(key, buffer, is_persistent(source, key))
 
 
-def _copy(source: Module, target: Module) -> None:
-    """Give a module the buffers of another, in its own memory where they fit into it."""
+def _copy(source: Module, target: Module, device: torch.device | None) -> None:
+    """Give a module the buffers of another, in its own memory where they fit into it, else on a device."""
     _register(source, target)
     theirs = buffers_of(target)
     for key, buffer in buffers_of(source).items():
         other = theirs[key]
-        if buffer is other:  # registered just now
-            theirs[key] = buffer if buffer is None else buffer.clone()
-        elif buffer is not None and other is not None and other.shape == buffer.shape:
+        if buffer is not other and buffer is not None and other is not None and other.shape == buffer.shape:
             other.copy_(buffer)
-        else:
-            theirs[key] = None if buffer is None else buffer.clone()
+        else:  # registered just now, or of another shape
+            theirs[key] = None if buffer is None else buffer.to(device, copy=True)

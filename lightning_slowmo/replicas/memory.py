@@ -1,4 +1,4 @@
-"""What workers in one process take of a device's memory, and whether it has that much: known before training starts."""
+"""What workers in one process take of memory, and whether of their device's or the host's: known before they train."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_slowmo.algorithms import Algorithm
 from lightning_slowmo.parameters import Layout
 from lightning_slowmo.private.twins import nested_optimizers, twin_of_optimizer
+from lightning_slowmo.replicas.host import bytes_taken
 from lightning_slowmo.storage import accumulation_dtype
 
 
@@ -36,27 +37,51 @@ class Memory:
         """All of it."""
         return self.model + self.optimizer + self.slow
 
-    def check(self, workers: int, free: int, offloaded: bool) -> None:
-        """Refuse what a device cannot hold. Activations and gradients of one worker at a time come on top of it.
+    def on_host(self, workers: int) -> int:
+        """Bytes that so many workers take of the host's memory.
+
+        Pinned blocks are powers of two; and while the consensus is validated or saved, it is once more the parameters.
+        """
+        pinned = bytes_taken(self.model, workers) + bytes_taken(self.optimizer, workers)
+        return pinned + workers * (self.slow + self.model)
+
+    def place(self, workers: int, free: int, free_on_host: int, offloaded: bool) -> str | None:
+        """Where the workers' values lie: on their device if it holds them, else in the host's memory.
+
+        Activations and gradients of one worker at a time come on top of what is counted on the device.
 
         Args:
             workers: how many.
             free: bytes that the device has left.
-            offloaded: whether the algorithm's state lies in the CPU's memory.
+            free_on_host: bytes that the host has left.
+            offloaded: whether the algorithm's state lies in the CPU's memory anyway.
+
+        Returns:
+            Why they lie in the host's memory, in a sentence; None if they lie on the device.
 
         Raises:
-            ValueError: if it cannot; says how much is needed, and what would fit.
+            ValueError: if neither holds them; says how much is needed, and what would fit.
         """
         each = self.total - self.slow * offloaded
         if workers * each <= free:
-            return
+            return None
         kept = "parameters and optimizer states" if offloaded else "parameters, optimizer states and slow state"
-        ways = [f"at most {free // each} workers"]
-        if not offloaded and workers * (self.total - self.slow) <= free:
-            ways.append("offload_slow_state='cpu'")
+        need = f"{workers} workers need {_gigabytes(workers * each)} for {kept}"
+        said = f"{need}, and the device has {_gigabytes(free)} left"
+        helps = not offloaded and workers * (self.total - self.slow) <= free
+        needed = self.on_host(workers)
+        if needed <= free_on_host:
+            hint = " With offload_slow_state='cpu' they would lie on the device." if helps else ""
+            return (
+                f"{said}. So they lie in the host's memory, of which they take {_gigabytes(needed)} with what a "
+                f"consensus needs; workers are copied to the device for their turns, and averages run on the CPU.{hint}"
+            )
+        fit = next((n for n in range(workers - 1, 0, -1) if n * each <= free or self.on_host(n) <= free_on_host), 0)
+        ways = [f"at most {fit} workers"] if fit else ["a smaller model"]
+        ways += ["offload_slow_state='cpu'"] if helps else []
         raise ValueError(
-            f"{workers} workers need {_gigabytes(workers * each)} for {kept}, and the device has {_gigabytes(free)} "
-            f"left. Use {', or '.join([*ways, 'the CPU (accelerator=' + repr('cpu') + ')'])}."
+            f"{said}; in the host's memory it would be {_gigabytes(needed)}, and that has {_gigabytes(free_on_host)} "
+            f"left. Use {', or '.join(ways)}."
         )
 
 

@@ -39,24 +39,30 @@ class OptimizerOnStage:
 
     def put(self) -> None:
         """Let the stage have the worker's states, options and counters."""
+        self._put_states()
+        _copy_options(self._own, self._stage)
+        _copy_counters(self._own, self._stage)
+
+    def _put_states(self) -> None:
         if not _same(self._own.state, self._state):
             self._state = _entered(self._own.state, self._to_stage)
         self._stage.state.clear()
         self._stage.state.update(self._state)
         self._entries = 0 if self._static else _entries(self._state)
-        _copy_options(self._own, self._stage)
-        _copy_counters(self._own, self._stage)
 
     def take(self) -> None:
         """Let the worker have what has become of them."""
+        self._take_states()
+        self.take_options()
+        _copy_counters(self._stage, self._own)
+
+    def _take_states(self) -> None:
         if not self._static and _entries(self._stage.state) > self._entries:
             move_together(self._stage.state.values(), apart_from=self._to_own)
         if not _same(self._stage.state, self._state):
             self._state = dict(self._stage.state)
             self._own.state.clear()
             self._own.state.update(_entered(self._state, self._to_own))
-        self.take_options()
-        _copy_counters(self._stage, self._own)
 
     def take_options(self) -> None:
         """Let the worker have the options of the stage's groups, such as learning rates."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_slowmo.private import foreach_copy_
+from lightning_slowmo.replicas.host import HostMemory
 from lightning_slowmo.storage import is_dense
 
 ALIGNMENT = 16
@@ -22,6 +23,7 @@ class Rows:
 
     Args:
         originals: what to copy, with their strides.
+        host: gives memory for the copies; None: they lie where the originals do.
 
     Attributes:
         tensors: a copy of each.
@@ -29,27 +31,27 @@ class Rows:
         aligned: whether every tensor begins at an address for which kernels are made.
     """
 
-    def __init__(self, originals: Sequence[Tensor]) -> None:
-        places: list[int | None] = []  # None: not in a row
+    def __init__(self, originals: Sequence[Tensor], host: HostMemory | None = None) -> None:
+        places: list[tuple[Kind, int] | None] = []  # None: not in a row
         ends: dict[Kind, int] = {}
         for original in originals:
             values = original.detach()
-            in_a_row = type(values) in (Tensor, Parameter) and is_dense(values)
-            start = ends.get(_kind(original), 0)
-            places.append(start if in_a_row else None)
-            if in_a_row:
-                ends[_kind(original)] = start + original.numel()
-        rows = {kind: torch.empty(numel, dtype=kind[0], device=kind[1]) for kind, numel in ends.items()}
+            kind = values.dtype, host.device if host else values.device
+            start = ends.get(kind, 0)
+            places.append((kind, start) if in_a_row(values) else None)
+            if places[-1]:
+                ends[kind] = start + values.numel()
+        rows = {kind: _memory(numel, kind, host) for kind, numel in ends.items()}
         self.tensors: list[Tensor] = []
         self.wholes: list[Tensor] = list(rows.values())
         for original, place in zip(originals, places, strict=True):
             values = original.detach()
             if place is None:
-                self.tensors.append(values.clone())
+                self.tensors.append(values.to(host.device, copy=True) if host else values.clone())
                 self.wholes.append(self.tensors[-1])
             else:
-                row = rows[_kind(original)]
-                self.tensors.append(row.as_strided(values.shape, values.stride(), place).copy_(values))
+                row = rows[place[0]]
+                self.tensors.append(row.as_strided(values.shape, values.stride(), place[1]).copy_(values))
         offsets = [tensor.storage_offset() * tensor.element_size() for tensor in self.tensors]
         self.aligned = not any(offset % ALIGNMENT for offset in offsets)
 
@@ -77,6 +79,15 @@ class Copying:
         """Copy the targets to the sources."""
         for sources, targets in self._kinds:
             foreach_copy_(sources, targets)
+
+
+def in_a_row(values: Tensor) -> bool:
+    """Whether a tensor without gradients can lie in a row: an ordinary one that fills its memory."""
+    return type(values) in (Tensor, Parameter) and is_dense(values)
+
+
+def _memory(numel: int, kind: Kind, host: HostMemory | None) -> Tensor:
+    return host.take(numel, kind[0]) if host else torch.empty(numel, dtype=kind[0], device=kind[1])
 
 
 def _kind(tensor: Tensor) -> Kind:

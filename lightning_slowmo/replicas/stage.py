@@ -10,7 +10,7 @@ and out, so that the stage keeps its addresses and a captured graph serves all w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,10 +23,13 @@ from torch.optim import Optimizer
 
 from lightning_slowmo.private.twins import nested_optimizers, twin_of_module, twin_of_optimizer
 from lightning_slowmo.replicas.buffers import BuffersOnStage
+from lightning_slowmo.replicas.crossing import Crossing, Landing, wait_for
+from lightning_slowmo.replicas.host import HostMemory
 from lightning_slowmo.replicas.optimizers import OptimizerOnStage
 from lightning_slowmo.replicas.parameters import ParametersOnStage
 from lightning_slowmo.replicas.randomness import Randomness
 from lightning_slowmo.replicas.rows import Copying, Rows
+from lightning_slowmo.replicas.states import OptimizerFromHost, Slots
 
 
 class Replica:
@@ -35,29 +38,34 @@ class Replica:
     Args:
         module: whose parameters and buffers are copied.
         optimizers: whose states and options are copied; together with those that they hold.
+        host: gives memory for the replica; None: it lies where the module does.
 
     Attributes:
         module: a twin of the module with the replica's parameters and buffers; all else is the module's.
         optimizers: twins of the optimizers, on the replica's parameters.
+        all_optimizers: the same with those that they hold.
         parameters: the replica's, in the order of their memory.
         twins: the same for each of the stage's, by id.
         rows: their memory.
         randomness: the states of its random number generators.
     """
 
-    def __init__(self, module: Module, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, module: Module, optimizers: Sequence[Optimizer], host: HostMemory | None = None) -> None:
         originals = list(_parameters(module, optimizers))
-        self.rows = Rows(originals)
+        self.rows = Rows(originals, host)
         self.parameters: list[Tensor] = []
         for parameter, values in zip(originals, self.rows.tensors, strict=True):
             twin = Parameter(values, requires_grad=parameter.requires_grad)
             vars(twin).update(vars(parameter))  # marks such as "no weight decay"
             self.parameters.append(twin)
         self.twins = dict(zip(map(id, originals), self.parameters, strict=True))
-        buffers = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
-        self.module = twin_of_module(module, self.twins | buffers)
+        buffers = list(module.buffers())
+        copies = Rows(buffers, host).tensors if host else [buffer.detach().clone() for buffer in buffers]
+        self.module = twin_of_module(module, self.twins | dict(zip(map(id, buffers), copies, strict=True)))
         memo: dict[int, Any] = dict(self.twins)
-        self.optimizers = [twin_of_optimizer(optimizer, memo) for optimizer in optimizers]
+        device = host.device if host else None
+        self.optimizers = [twin_of_optimizer(optimizer, memo, device) for optimizer in optimizers]
+        self.all_optimizers = [each for optimizer in self.optimizers for each in nested_optimizers(optimizer)]
         self.randomness = Randomness(originals[0].device)
 
 
@@ -69,7 +77,9 @@ class Stage:
         optimizers: which step its parameters.
         count: number of workers; all begin with the module's present values.
         static: whether parameters and buffers keep their addresses, and values are copied in and out; None: where
-            parameters are on a GPU.
+            parameters are on a GPU, or replicas on the host.
+        on_host: whether replicas lie in the host's memory, in pinned one if the parameters are on a GPU; otherwise
+            they lie where the module does.
 
     Attributes:
         replicas: what each worker has of its own.
@@ -79,16 +89,26 @@ class Stage:
         ValueError: if the model has no parameters.
     """
 
-    def __init__(self, module: Module, optimizers: Sequence[Optimizer], count: int, static: bool | None = None) -> None:
+    def __init__(
+        self,
+        module: Module,
+        optimizers: Sequence[Optimizer],
+        count: int,
+        static: bool | None = None,
+        on_host: bool = False,
+    ) -> None:
         self._optimizers = [each for optimizer in optimizers for each in nested_optimizers(optimizer)]
         self._parameters = list(_parameters(module, optimizers))
         if not self._parameters:
             raise ValueError("There is nothing to train: the model has no parameters.")
-        static = any(parameter.is_cuda for parameter in self._parameters) if static is None else static
+        on_gpu = any(parameter.is_cuda for parameter in self._parameters)
+        static = on_host or (on_gpu if static is None else static)
+        self._host = HostMemory(count, pinned=on_gpu) if on_host else None
         self._home = [parameter.data for parameter in self._parameters]
-        self.replicas = [Replica(module, optimizers) for _ in range(count)]
+        self.replicas = [Replica(module, optimizers, self._host) for _ in range(count)]
         rows = self._lie_in_a_row() if static else None
-        self._seats = [self._seat(module, replica, static, rows) for replica in self.replicas]
+        seat = self._seats_on_host(module, rows) if self._host else partial(self._seat, module, static, rows)
+        self._seats = list(map(seat, self.replicas))
         self.current: int | None = None
 
     def _lie_in_a_row(self) -> Rows | None:
@@ -100,22 +120,41 @@ class Stage:
             parameter.data = place
         return rows
 
-    def _seat(self, module: Module, replica: Replica, static: bool, rows: Rows | None) -> Seat:
+    def _seat(self, module: Module, static: bool, rows: Rows | None, replica: Replica) -> Seat:
         """What a worker exchanges with the stage."""
         copying = None
         if rows is not None:
             copying = Copying(rows.wholes, replica.rows.wholes)
         elif static:
             copying = Copying(self._home, replica.rows.tensors)
-        nested = [each for optimizer in replica.optimizers for each in nested_optimizers(optimizer)]
         return Seat(
             ParametersOnStage(self._parameters, replica.parameters, copying),
             BuffersOnStage(module, replica.module, static),
             [
                 OptimizerOnStage(stage, own, self._parameters, replica.parameters, static)
-                for stage, own in zip(self._optimizers, nested, strict=True)
+                for stage, own in zip(self._optimizers, replica.all_optimizers, strict=True)
             ],
         )
+
+    def _seats_on_host(self, module: Module, rows: Rows | None) -> Callable[[Replica], Seat]:
+        """What makes seats of workers whose values lie in the host's memory."""
+        host, places = self._host, rows.tensors if rows else self._home
+        assert host is not None
+        landing, crowd = Landing(), None if rows else Landing()
+        slots = [Slots(optimizer, self._parameters) for optimizer in self._optimizers]
+        device = self._parameters[0].device
+
+        def seat(replica: Replica) -> Seat:
+            return Seat(
+                ParametersOnStage(self._parameters, replica.parameters, Crossing(places, replica.rows.tensors, crowd)),
+                BuffersOnStage(module, replica.module, True, landing, (device, host.device)),
+                [
+                    OptimizerFromHost(stage, own, self._parameters, replica.parameters, slot, host)
+                    for stage, own, slot in zip(self._optimizers, replica.all_optimizers, slots, strict=True)
+                ],
+            )
+
+        return seat
 
     def put(self, index: int) -> None:
         """Let a worker stand on the stage."""
@@ -145,6 +184,8 @@ class Stage:
         for optimizer in seat.optimizers:
             optimizer.take()
         self.replicas[self.current].randomness.note()
+        if self._host is not None:
+            wait_for(self._parameters[0].device)
         self.current = None
 
     def follow(self) -> bool:

@@ -8,6 +8,7 @@ real run would see: the first worker stands on the stage, or the consensus does.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ from lightning_slowmo.communication.workers import DEFAULT_TIMEOUT, SyncError
 from lightning_slowmo.core import StrategyCore
 from lightning_slowmo.presets import PRESETS
 from lightning_slowmo.private import simulated as loops
-from lightning_slowmo.replicas import Stage, memory_of_worker
+from lightning_slowmo.replicas import Stage, free_bytes, memory_of_worker
 from lightning_slowmo.trainer.deal import DealingMixin
 from lightning_slowmo.trainer.loops import wrap_method
 from lightning_slowmo.trainer.summary import Summary, warn_of_short_fit
@@ -43,6 +44,8 @@ WORKERS_VARIABLE = "LIGHTNING_SLOWMO_WORKERS"
 
 class SimulatedMixin(DealingMixin):
     """The part of :class:`~lightning_slowmo.SimulatedStrategy` that does not depend on which Lightning it serves.
+
+    Where a GPU cannot hold all workers, they lie in the host's memory, and a line says so.
 
     Args:
         algorithm: a configuration such as ``SlowMo(sync_every=24)``, or the name of a preset.
@@ -145,11 +148,10 @@ class SimulatedMixin(DealingMixin):
         ]
         super().setup(trainer)
         assert self.lightning_module is not None
-        self._check_memory()
-        self._stage = Stage(self.lightning_module, self.optimizers, len(self.cores), self._static)
+        on_host = self._lie_on_host()
+        self._stage = Stage(self.lightning_module, self.optimizers, len(self.cores), self._static, on_host)
         replicas = self._stage.replicas
-
-        sizes = sizes_for(self.root_device, len(self.cores))
+        sizes = sizes_for("cpu" if on_host else self.root_device, len(self.cores))
 
         def make_engine(core: StrategyCore) -> None:
             core.workers.sizes = sizes
@@ -158,16 +160,26 @@ class SimulatedMixin(DealingMixin):
 
         self._on_all(make_engine)
 
-    def _check_memory(self) -> None:
-        """Refuse more workers than a GPU has memory for."""
-        if self.root_device.type == "cuda":
-            assert self.lightning_module is not None
-            workers = len(self.cores)
-            memory = memory_of_worker(self.lightning_module, self.optimizers, self.algorithm, workers)
-            device = self.root_device
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + unused
-            memory.check(workers, free, self.core.offload_slow_state is not None)
+    def _lie_on_host(self) -> bool:
+        """Whether the workers' values lie in the host's memory, as a GPU cannot hold them."""
+        free = self._bytes_left()
+        if free is None:
+            return False
+        assert self.lightning_module is not None
+        workers = len(self.cores)
+        memory = memory_of_worker(self.lightning_module, self.optimizers, self.algorithm, workers)
+        why = memory.place(workers, free, free_bytes(), self.core.offload_slow_state is not None)
+        if why:
+            logging.getLogger(self.package.__name__).info(why)
+        return why is not None
+
+    def _bytes_left(self) -> int | None:
+        """What a GPU has left for workers; None on a CPU, which is asked for no more than it has."""
+        device = self.root_device
+        if device.type != "cuda":
+            return None
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
 
     # Training ---------------------------------------------------------------------------------------------------------
 

@@ -235,6 +235,14 @@ def test_a_rate_that_is_zero_when_training_begins_hides_nothing():
     assert roles(optimizer).of(0, optimizer.param_groups[0]["params"][0])[0, "step_size"].role == "adapts"
 
 
+def test_an_optimizer_made_for_graphs_of_a_gpu_is_tried_on_the_cpu_too():
+    own = parameters("Adam")
+    plain, capturable = (torch.optim.Adam(own, capturable=capturable) for capturable in (False, True))
+    assert roles(plain).of(0, own[0]) == roles(capturable).of(0, own[0])
+    assert roles(capturable).any("momentum")
+    assert capturable.param_groups[0]["capturable"]
+
+
 def test_a_state_built_in_the_constructor_is_reset_in_place():
     own = parameters("Lookahead")
     optimizer = Lookahead(own)

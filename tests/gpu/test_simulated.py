@@ -1,6 +1,7 @@
 """Simulated workers on a GPU, whose values are copied to one place, against the CPU, where they are pointed to."""
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recipes.schedules import constant
 from tests.test_contract import configured
 from tests.trainer.models import distance, trainer
 from tests.trainer.test_simulated import CASES, fit, loader
+from tests.trainer.test_simulated_host import ends, ends_with_adam
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -35,6 +37,20 @@ def test_a_gpu_trains_as_the_cpu_does(case):
     assert distance(runs[0][0], runs[1][0]) < TOLERANCE
     assert runs[0][1] == pytest.approx(runs[1][1], abs=100 * TOLERANCE)
     assert runs[0][2] == runs[1][2]
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_workers_whose_values_lie_on_the_host_train_as_the_cpu_does(case):
+    host, cpu = ends(case, ("gpu", "cpu"))
+    assert distance(host[0], cpu[0]) < TOLERANCE
+    assert host[1] == pytest.approx(cpu[1], abs=100 * TOLERANCE)
+    assert host[2] == cpu[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_adam_counts_its_steps_where_torch_wants_it_if_states_lie_on_the_host(options):
+    [host], [_, cpu] = islice(ends_with_adam(options, ("gpu", "cpu")), 1), ends_with_adam({})
+    assert distance(host, cpu) < TOLERANCE
 
 
 def test_every_worker_has_a_loss_scale_of_its_own():
