@@ -249,7 +249,7 @@ def tensors_alive():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not thing.is_meta:  # not the compiler's fake ones
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
