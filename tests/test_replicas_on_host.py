@@ -78,7 +78,7 @@ def test_nothing_of_a_worker_stays_on_the_card_and_what_lies_in_rows_crosses_in_
 
 
 def test_counters_of_steps_are_on_the_cpu_on_both_sides_and_gradients_cross_with_their_worker():
-    with FakeCard():
+    with FakeCard() as card:
         module = network().to(CARD)
         optimizer = torch.optim.Adam(module.parameters())
         stage = Stage(module, [optimizer], 2, on_host=True)
@@ -90,7 +90,10 @@ def test_counters_of_steps_are_on_the_cpu_on_both_sides_and_gradients_cross_with
             assert devices(parameter.grad for parameter in module.parameters()) == {CARD}
             assert devices(state["step"] for state in optimizer.state.values()) == {CPU}
             assert devices(state["exp_avg"] for state in optimizer.state.values()) == {CARD}
+        card.down.clear()
         stage.clear()
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    assert sorted(card.down) == sorted([sum(sizes), 2 * sum(sizes), 8, 1, *sizes])  # moments, buffers, gradients
     steps = [[state["step"].item() for state in each.optimizers[0].state.values()] for each in stage.replicas]
     assert steps == [6 * [3.0], 6 * [2.0]]
     for replica in stage.replicas:
@@ -209,7 +212,7 @@ def test_rows_cross_in_pieces_that_lie_together_on_both_sides():
     for tensor in own.tensors:
         tensor.zero_()
     crossing = Crossing(rows.tensors, own.tensors)
-    assert len(crossing._pieces) == 3  # the integers stand between
+    assert len(crossing._pieces) == 2  # the integers between do not keep the others apart
     crossing.forth()
     assert all(map(torch.equal, own.tensors, stage))
     apart = Crossing(rows.tensors[:2], [own.tensors[0], alone])

@@ -56,12 +56,14 @@ class Crossing:
         places = stage if landing is None else landing.of(stage)
         self._gathering = None if landing is None else Copying(stage, places)
         self._pieces: list[tuple[Tensor, Tensor]] = []
+        last: dict[tuple[Any, ...], int] = {}  # of those of one kind, which may stand between others
         for place, mine in zip(places, own, strict=True):
-            piece = _flat(place.detach(), mine.detach())
-            joined = self._pieces and _joined(self._pieces[-1], piece)
+            piece, kind = _flat(place.detach(), mine.detach()), (place.device, place.dtype, mine.dtype)
+            joined = _joined(self._pieces[last[kind]], piece) if kind in last else None
             if joined:
-                self._pieces[-1] = joined
+                self._pieces[last[kind]] = joined
             else:
+                last[kind] = len(self._pieces)
                 self._pieces.append(piece)
 
     def forth(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -102,15 +102,31 @@ class OptimizerFromHost(OptimizerOnStage):
         self._kept: dict[Path, Tensor] = {}
         self._pairs: tuple[list[Tensor], list[Tensor]] = [], []
         self._crossing = Crossing([], [])
+        self._entered: dict[Any, Any] = {}
+        self._known: list[Any] | None = None  # of the worker's state when it came, if it can come so again
+        self._settled: list[Any] | None = None  # of the stage's then, if it can be taken as it came
 
     def _put_states(self) -> None:
+        if self._known is not None and _is_same(_entries(self._own.state), self._known):
+            self._crossing.back()
+            self._stage.state.clear()
+            self._stage.state.update(self._entered)
+            return
         states = found(self._own.state, self._places)
         places = self._slots.of(states)
         self._between(places, list(states.values())).back()
         by_id = dict(zip(map(id, states.values()), places, strict=True))
         self._enter(self._own.state, self._stage.state, self._to_stage, by_id)
+        entries = _entries(self._own.state)
+        if all(map(_is_simple, entries)) and all(self._kept.get(path) is tensor for path, tensor in states.items()):
+            self._known, self._settled = entries, _entries(self._stage.state)
+            self._entered = dict(self._stage.state)
 
     def _take_states(self) -> None:
+        if self._settled is not None and _is_same(_entries(self._stage.state), self._settled):
+            self._crossing.forth()
+            return
+        self._known = self._settled = None
         states = found(self._stage.state)
         self._slots.note(states)
         new = [
@@ -120,7 +136,9 @@ class OptimizerFromHost(OptimizerOnStage):
         ]
         if new:
             self._refuse_views(states)
-            self._kept.update(zip(new, Rows([states[path] for path in new], self._host).tensors, strict=True))
+            for device in dict.fromkeys(states[path].device for path in new):  # apart, as they lie on the stage
+                paths = [path for path in new if states[path].device == device]
+                self._kept.update(zip(paths, Rows([states[path] for path in paths], self._host).tensors, strict=True))
         kept = [
             self._kept[path] if in_a_row(tensor) else sent(tensor, self._host.device) for path, tensor in states.items()
         ]
@@ -130,7 +148,7 @@ class OptimizerFromHost(OptimizerOnStage):
 
     def _between(self, places: list[Tensor], kept: list[Tensor]) -> Crossing:
         """What copies those of the stage to those that are kept; mostly the same as before."""
-        if not all(map(_same, self._pairs, (places, kept))):
+        if not all(map(_is_same, self._pairs, (places, kept))):
             self._pairs = places, kept
             pairs = [(place, own) for place, own in zip(places, kept, strict=True) if in_a_row(place)]
             self._crossing = Crossing([place for place, _ in pairs], [own for _, own in pairs])
@@ -198,6 +216,16 @@ def _fits(memory: Tensor | None, values: Tensor, device: torch.device) -> bool:
     )
 
 
-def _same(now: Iterable[Tensor], before: Iterable[Tensor]) -> bool:
-    now, before = list(now), list(before)
+def _entries(state: Mapping[Any, Any]) -> list[Any]:
+    """What is in the states of all parameters, in order."""
+    return [value for own in state.values() for value in (own.values() if isinstance(own, dict) else (own,))]
+
+
+def _is_simple(entry: Any) -> bool:
+    """Whether an entry that is the same object as before has the same tensors: unlike a list, say."""
+    return entry is None or isinstance(entry, (Tensor, int, float, str))
+
+
+def _is_same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
     return len(now) == len(before) and all(map(is_, now, before))
