@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_slowmo import SimulatedStrategy, SlowMo
 from recipes.images import ImageClassifier
@@ -14,9 +15,9 @@ from recipes.images.data import InMemoryImages
 from recipes.images.networks import small_cnn
 from recipes.schedules import constant
 from tests.test_contract import configured
-from tests.trainer.models import distance, trainer
+from tests.trainer.models import Regression, distance, trainer
 from tests.trainer.test_simulated import CASES, fit, loader
-from tests.trainer.test_simulated_host import ends, ends_with_adam
+from tests.trainer.test_simulated_host import OnHost, ends, ends_with_adam
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -51,6 +52,16 @@ def test_workers_whose_values_lie_on_the_host_train_as_the_cpu_does(case):
 def test_adam_counts_its_steps_where_torch_wants_it_if_states_lie_on_the_host(options):
     [host], [_, cpu] = islice(ends_with_adam(options, ("gpu", "cpu")), 1), ends_with_adam({})
     assert distance(host, cpu) < TOLERANCE
+
+
+def test_a_card_holds_few_copies_of_a_model_whose_workers_lie_on_the_host():
+    module = Regression(hidden=200_000, momentum=0.9)
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fitted = trainer(1, OnHost(SlowMo(sync_every=2), 32), accelerator="gpu", max_steps=2)
+    fitted.fit(module, DataLoader([[torch.randn(2, 5), torch.randn(2, 1)] for _ in range(64)], batch_size=None))
+    assert torch.cuda.max_memory_allocated() - before < 12 * size  # 128 with all of them
 
 
 def test_every_worker_has_a_loss_scale_of_its_own():
