@@ -32,7 +32,6 @@ from recipes.images.module import GRAPHS
 from recipes.images.networks import cifar_resnet18
 from recipes.schedules import constant
 
-
 BATCHES = 64
 """In an epoch, at whose end Lightning has other work to do; as many for one worker as for 32."""
 
