@@ -190,6 +190,6 @@ TABLES = {
     "images": Table(
         Images, _rows("SGD", ADAM_ROWS | BOTH_ROWS), {"SGD": 0.04, "plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.02}
     ),
-    "text": Table(Text, _rows("AdamW", ADAM_ROWS), {"plain SGD": 0.4, "AdamW": 0.004, "Muon": 0.04}),
+    "text": Table(Text, _rows("AdamW", ADAM_ROWS), {"plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.04}),
 }
 """By the name of the task."""

@@ -5,7 +5,7 @@
     python -m benchmarks.side_by_side --task text --data any.txt
 
 Eight workers with batches of 8, 240 steps (:mod:`benchmarks.stacked`): CIFAR-10 and a network of 20,754 parameters, or
-the characters of a text and a GPT of about 29,000 (:mod:`benchmarks.problems`). Each row's learning rate is searched on
+the characters of a text and a GPT of about 16,000 (:mod:`benchmarks.problems`). Each row's learning rate is searched on
 held-out training data with one seed: half, once and twice that of its optimizer, and on from the best while that is the
 last on its side, up to five. Then the best is trained with every seed of ``--seeds`` and tested. Presets made for long
 runs (periods of 30 to 500 steps) have periods of 12 or 48 here, and at the same period all send the same. ``--momenta``

@@ -35,7 +35,7 @@ class FewImages(Images):
 def text(tmp_path):
     """Of a text of 2,000 characters, its last tenth all ``b`` and ``c``."""
     (tmp_path / "some.txt").write_text("a bad cab. " * 164 + "bc" * 98, encoding="utf-8")
-    return Text(str(tmp_path / "some.txt"), length=8, width=8, heads=2)
+    return Text(str(tmp_path / "some.txt"), length=8, layers=2, width=8, heads=2)
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("images", 0.05), ("text", 1.0)])
