@@ -1,4 +1,4 @@
-"""Accuracy at equal steps over bytes: a table with 95 % intervals, and a picture with the Pareto front."""
+"""A rating at equal steps over bytes: a table with 95 % intervals, and a picture with the Pareto front."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.problems import Measure
 from recipes.report.plots import PALETTE, STYLE
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -44,10 +45,11 @@ class Entry:
         inner: the optimizer inside.
         rate: the tuned one.
         momentum: the tuned one; None if it was not searched.
-        values: accuracy by seed, in percent, of the runs that did not diverge.
+        values: rating by seed of the runs that did not diverge.
         diverged: how many did.
         mb: MB sent per worker.
-        searched: accuracies on held-out images, by rate, or by rate and momentum.
+        searched: ratings by held-out examples, by rate, or by rate and momentum.
+        measure: what the ratings are.
     """
 
     row: str
@@ -58,6 +60,7 @@ class Entry:
     diverged: int
     mb: float
     searched: Mapping[str, float | None]
+    measure: Measure
 
     @property
     def name(self) -> str:
@@ -68,6 +71,11 @@ class Entry:
     def mean(self) -> float:
         """Over the seeds."""
         return fmean(self.values.values())
+
+    @property
+    def merit(self) -> float:
+        """Higher if the mean is better."""
+        return self.measure.merit(self.mean)
 
     @property
     def half(self) -> float:
@@ -87,12 +95,13 @@ def half_interval(values: Sequence[float]) -> float:
     return T_975[min(len(values) - 2, len(T_975) - 1)] * stdev(values) / sqrt(len(values))
 
 
-def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str]) -> list[Entry]:
+def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str], measure: Measure) -> list[Entry]:
     """The rows with final runs, best first; one whose momentum was searched is a row of its own.
 
     Args:
-        known: accuracy, None if it diverged, and MB of each run, by its key.
+        known: rating, None if it diverged, and MB of each run, by its key.
         inner: the optimizer of each row.
+        measure: what the ratings are.
     """
     finals: dict[tuple[str, bool], dict[Choice, dict[int, Sequence[float | None]]]] = {}
     searches: dict[tuple[str, bool], dict[Choice, float | None]] = {}
@@ -108,7 +117,7 @@ def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str
     made = []
     for row, choices in finals.items():
         scores = searches.get(row, {})
-        choice = max(choices, key=lambda each: scores.get(each) or 0.0)
+        choice = max(choices, key=lambda each: measure.merit(scores.get(each)))
         runs = sorted(choices[choice].items())
         values = {seed: value for seed, (value, _) in runs if value is not None}
         if values:
@@ -117,15 +126,15 @@ def entries(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str
             }
             mb = fmean(sent for _, (value, sent) in runs if value is not None and sent is not None)
             diverged = len(runs) - len(values)
-            made.append(Entry(row[0], inner[row[0]], *choice, values, diverged, mb, named))
-    return sorted(made, key=lambda entry: -entry.mean)
+            made.append(Entry(row[0], inner[row[0]], *choice, values, diverged, mb, named, measure))
+    return sorted(made, key=lambda entry: -entry.merit)
 
 
 def front(rows: Sequence[Entry]) -> list[Entry]:
     """Those that no other one beats without sending more, from the fewest bytes on."""
     kept: list[Entry] = []
-    for entry in sorted(rows, key=lambda entry: (entry.mb, -entry.mean)):
-        if not kept or entry.mean > kept[-1].mean:
+    for entry in sorted(rows, key=lambda entry: (entry.mb, -entry.merit)):
+        if not kept or entry.merit > kept[-1].merit:
             kept.append(entry)
     return kept
 
@@ -137,9 +146,9 @@ def markdown(rows: Sequence[Entry], whole: float) -> str:
         rows: best first.
         whole: MB that are 100 %.
     """
-    best = {entry.name for entry in front(rows)}
+    best, measure = {entry.name for entry in front(rows)}, rows[0].measure
     lines = [
-        "| | inside | rate | test accuracy, % | MB sent per worker | % of `ddp` | seeds |",
+        f"| | inside | rate | {measure.name} | MB sent per worker | % of `ddp` | seeds |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for e in rows:
@@ -147,21 +156,25 @@ def markdown(rows: Sequence[Entry], whole: float) -> str:
         rate = f"{e.rate:g}" + ("" if e.momentum is None else f", momentum {e.momentum:g}")
         sent = f"{e.mb:.3g} | {100 * e.mb / whole:.3g}"
         seeds = f"{len(e.values)}" + (f", and {e.diverged} diverged" if e.diverged else "")
-        lines.append(f"| {name} | {e.inner} | {rate} | {e.mean:.2f} ± {e.half:.2f} | {sent} | {seeds} |")
+        mean, half = (f"{value:.{measure.digits}f}" for value in (e.mean, e.half))
+        lines.append(f"| {name} | {e.inner} | {rate} | {mean} ± {half} | {sent} | {seeds} |")
     return "\n".join(lines)
 
 
 def against(rows: Sequence[Entry], reference: Entry) -> list[str]:
-    """What rows that send few bytes gain on the reference, seed by seed; best first."""
+    """By how much rows that send few bytes differ from the reference, seed by seed; best first."""
     lines = []
     for entry in rows:
         seeds = sorted(set(entry.values) & set(reference.values))
         if entry.mb > FEW * reference.mb or len(seeds) < 2:
             continue
-        gains = [entry.values[seed] - reference.values[seed] for seed in seeds]
+        above = [entry.values[seed] - reference.values[seed] for seed in seeds]
+        mean, half = (
+            f"{value:{sign}.{entry.measure.digits}f}"
+            for value, sign in ((fmean(above), "+"), (half_interval(above), ""))
+        )
         lines.append(
-            f"* {entry.name} ({100 * entry.mb / reference.mb:.2g} % of the bytes): "
-            f"{fmean(gains):+.2f} ± {half_interval(gains):.2f}, {len(seeds)} seeds"
+            f"* {entry.name} ({100 * entry.mb / reference.mb:.2g} % of the bytes): {mean} ± {half}, {len(seeds)} seeds"
         )
     return lines
 
@@ -183,7 +196,7 @@ def as_csv(rows: Sequence[Entry]) -> str:
 def highlights(rows: Sequence[Entry]) -> list[str]:
     """DDP, the ends of the front, and what gains most on what sends less."""
     best = front(rows)
-    gains = {after.name: after.mean - before.mean for before, after in pairwise(best)}
+    gains = {after.name: after.merit - before.merit for before, after in pairwise(best)}
     ddp = [entry.name for entry in rows if entry.row == "ddp"]
     order = [*ddp, best[-1].name, best[0].name, *sorted(gains, key=lambda name: -gains[name])]
     return list(dict.fromkeys(order))[:MOST_NAMES]
@@ -215,18 +228,26 @@ def picture(rows: Sequence[Entry], named: Sequence[str]) -> bytes:
                 look |= {"alpha": 1.0, "markersize": 7} if shown else {"alpha": 0.3, "markersize": 5}
                 axes.errorbar([e.mb for e in points], [e.mean for e in points], halves, **look)
             axes.plot([], [], "osD^v"[number % 5], color=PALETTE[number], label=f"over {inner}")
-        axes.set_ylim(min(e.mean for e in rows) - 2, max(e.mean for e in rows) + 3)  # some intervals are wide
+        _rate_upwards(axes, rows)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("MB sent per worker (log scale)")
-        axes.set_ylabel("test accuracy, %")
         axes.legend(loc="lower right", frameon=False)
         _name(axes, [e for e in rows if e.name in named])
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
     return file.getvalue()
+
+
+def _rate_upwards(axes: Axes, rows: Sequence[Entry]) -> None:
+    """Better is higher, whatever the measure; some intervals are wide, and may end outside."""
+    means, measure = [e.mean for e in rows], rows[0].measure
+    low, high = min(means), max(means)
+    above, below = 0.17 * (high - low), 0.12 * (high - low)
+    axes.set_ylim(*((high + below, low - above) if measure.lower else (low - below, high + above)))
+    axes.set_ylabel(measure.name + (" (upside down)" if measure.lower else ""))
 
 
 def _name(axes: Axes, rows: Sequence[Entry]) -> None:
@@ -236,7 +257,7 @@ def _name(axes: Axes, rows: Sequence[Entry]) -> None:
     figure.draw_without_rendering()
     point = figure.dpi / 72
     taken: list[tuple[float, float, float]] = []
-    for entry in sorted(rows, key=lambda entry: entry.mean):
+    for entry in sorted(rows, key=lambda entry: entry.merit):
         x, y = axes.transData.transform((entry.mb, entry.mean)) / point
         width, height = 6.0 * len(entry.name), 13.0
         right, place = max(x - 6, axes.bbox.x0 / point + width + 2), y + 7
@@ -250,7 +271,7 @@ def _name(axes: Axes, rows: Sequence[Entry]) -> None:
 
 
 def sweep(rows: Sequence[Entry]) -> bytes | None:
-    """Accuracy over the period, with SlowMo and without; None if there are no such rows."""
+    """The rating over the period, with SlowMo and without; None if there are no such rows."""
     series: dict[str, list[tuple[int, Entry]]] = {}
     for entry in rows:
         stem, _, every = entry.name.partition(", every ")
@@ -274,22 +295,25 @@ def sweep(rows: Sequence[Entry]) -> bytes | None:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("steps between syncs (τ), log scale")
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(rows[0].measure.name)
+        if rows[0].measure.lower:
+            axes.invert_yaxis()
         axes.legend(frameon=False)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
     return file.getvalue()
 
 
-def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str], out: Path) -> None:
+def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str], measure: Measure, out: Path) -> None:
     """Write ``table.md``, ``table.csv`` and the pictures.
 
     Args:
-        known: accuracy and MB of each run, by its key.
+        known: rating and MB of each run, by its key.
         inner: the optimizer of each row.
+        measure: what the ratings are.
         out: folder.
     """
-    rows = entries(known, inner)
+    rows = entries(known, inner, measure)
     synchronous = [e for e in rows if e.row.startswith("ddp") and "batches" not in e.row]
     reference = min(synchronous, key=lambda e: e.row != "ddp", default=None)
     if reference is None:
@@ -297,7 +321,8 @@ def write(known: Mapping[str, Sequence[float | None]], inner: Mapping[str, str],
         return
     text = markdown(rows, reference.mb)
     if few := against(rows, reference):
-        text += f"\n\nAgainst {reference.name}, seed by seed, with at most {FEW:.0%} of its bytes:\n\n" + "\n".join(few)
+        what = f"seed by seed{', lower is better' if measure.lower else ''}, with at most {FEW:.0%} of its bytes"
+        text += f"\n\nAgainst {reference.name}, {what}:\n\n" + "\n".join(few)
     (out / "table.md").write_text(text + "\n")
     (out / "table.csv").write_text(as_csv(rows))
     (out / "over_mb.png").write_bytes(picture(rows, highlights(rows)))
