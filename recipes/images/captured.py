@@ -83,7 +83,8 @@ class Capture:
             # Casts of weights that autocast keeps would outlive the graph, in whose memory they lie.
             with torch.enable_grad(), torch.autocast(DEVICE, dtype=dtype, enabled=enabled, cache_enabled=False):
                 loss = objective(self._images, self._labels)
-            return loss.detach(), torch.autograd.grad(loss, self._parameters)
+            found = torch.autograd.grad(loss, self._parameters)
+            return loss.detach(), tuple(map(_laid_out, found, self._parameters))
 
         before = [buffer.clone() for buffer in module.buffers()]
         beside, present = torch.cuda.Stream(images.device), torch.cuda.current_stream(images.device)
@@ -120,6 +121,11 @@ class Capture:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in the order of its parameter's memory, as autograd leaves it: fused optimizers rely on that."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 class _Replayed(torch.autograd.Function):

@@ -156,3 +156,20 @@ def test_gradients_that_are_still_wanted_are_kept_when_the_next_are_computed(rec
     objective(*batches[1]).backward()
     with pytest.raises(RuntimeError, match="before the next batch"):
         loss.backward()
+
+
+def test_gradients_lie_as_their_parameters_do(recorded):
+    module = nn.Linear(4, 6, bias=False)
+    module.weight = nn.Parameter(torch.randn(4, 6).t())
+
+    def plain(images, labels):
+        return nn.functional.cross_entropy((images[:, :, None] * module.weight).sum(1), labels)
+
+    objective, batch = CapturedObjective(plain, module), (torch.randn(5, 6), torch.randint(4, (5,)))
+    expected = torch.autograd.grad(plain(*batch), module.weight)[0]
+    assert expected.stride() != module.weight.stride()
+    for _ in range(2):
+        module.zero_grad()
+        objective(*batch).backward()
+        assert module.weight.grad.stride() == module.weight.stride()
+        torch.testing.assert_close(module.weight.grad, expected)
