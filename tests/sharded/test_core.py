@@ -191,7 +191,7 @@ def test_statistics_of_batches_are_averaged_over_all_processes():
         for index in (0, 1):  # mean and variance
             expected = torch.stack([own[index] for own in owns]).mean(0)
             assert (end[index] - expected).abs().max() < 1e-12
-            assert (end[index] - owns[0][index]).abs().max() > 1e-3
+            assert (end[index] - owns[0][index]).abs().max() > 1e-2
         assert end[2] == 4
 
 
