@@ -32,8 +32,8 @@ from recipes.images.module import GRAPHS
 from recipes.images.networks import cifar_resnet18
 from recipes.schedules import constant
 
-BATCHES = 64
-"""In an epoch, at whose end Lightning has other work to do; as many for one worker as for 32."""
+BATCHES = 390
+"""Of CIFAR-10 with 128 images each: in an epoch, at whose end Lightning and the workers have other work to do."""
 
 
 class RandomImages(InMemoryImages):

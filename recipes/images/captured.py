@@ -22,11 +22,11 @@ WARM_UP = 3
 
 
 class CapturedObjective:
-    """An objective of which loss and gradients come from a replay, where it can be differentiated once per call.
+    """An objective of which loss and gradients come from a replay.
 
-    It is captured anew when shapes, or the places of parameters and buffers, have changed. Gradients are handed to the
-    parameters past autograd's own accumulation, which takes the host longer than the replay; so hooks on them, such as
-    DDP's, are not called.
+    It is captured anew when shapes, or the places of parameters and buffers, have changed. Gradients go to the
+    parameters past autograd, whose thread takes the host longer than the replay; so hooks on them, such as DDP's, are
+    not called.
 
     Args:
         objective: what to capture; its operations must be the same each time, and wait for nothing on the host.
@@ -40,7 +40,7 @@ class CapturedObjective:
         self._made_for: Any = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch, for which :meth:`backward` takes the place of autograd.
 
         Raises:
             ValueError: if the batch is not on a GPU, or the objective is computed in float16, whose gradients vanish
@@ -57,8 +57,16 @@ class CapturedObjective:
             self._capture = None  # its memory goes first
             self._capture = Capture(self._objective, images, labels, self._module)
             self._made_for = made_for
-        self._capture.replay(images, labels)
-        return _Replayed.apply(self._capture, self._capture.anchor)
+        return self._capture.replay(images, labels)
+
+    def backward(self, share: float = 1.0) -> None:
+        """Give the parameters the gradients of the last batch's loss, or add them to those that they have.
+
+        Args:
+            share: of the loss in what is minimized: less than one where steps are accumulated.
+        """
+        assert self._capture is not None
+        self._capture.hand_over(share)
 
 
 class Capture:
@@ -74,9 +82,6 @@ class Capture:
     def __init__(self, objective: Objective, images: Tensor, labels: Tensor, module: nn.Module) -> None:
         self._images, self._labels = images.clone(), labels.clone()
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.anchor = torch.zeros((), device=images.device, requires_grad=True)
-        """What autograd takes the loss to depend on."""
-        self.replays = 0
 
         def gradients() -> tuple[Tensor, tuple[Tensor, ...]]:
             dtype, enabled = torch.get_autocast_dtype(DEVICE), torch.is_autocast_enabled(DEVICE)
@@ -97,25 +102,22 @@ class Capture:
             buffer.copy_(values)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self.loss, self._gradients = gradients()
+            self._loss, self._gradients = gradients()
 
-    def replay(self, images: Tensor, labels: Tensor) -> None:
-        """Compute loss and gradients of a batch, in the place of the last one's."""
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Compute loss and gradients of a batch, the gradients in the place of the last one's; returns the loss."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is gradient:  # still wanted, and about to be overwritten
                 parameter.grad = gradient.clone()
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._graph.replay()
-        self.replays += 1
+        return self._loss.clone()
 
-    def hand_over(self, outer: Tensor) -> None:
-        """Give the parameters their gradients, or add to those that they have.
-
-        Args:
-            outer: the derivative of what is minimized by the loss: one, or less where steps are accumulated.
-        """
-        torch._foreach_mul_(self._gradients, outer)
+    def hand_over(self, share: float) -> None:
+        """Give the parameters a share of their gradients, or add it to those that they have."""
+        if share != 1:
+            torch._foreach_mul_(self._gradients, share)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -126,19 +128,3 @@ class Capture:
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient in the order of its parameter's memory, as autograd leaves it: fused optimizers rely on that."""
     return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
-
-
-class _Replayed(torch.autograd.Function):
-    """Lets ``loss.backward()`` hand a replay's gradients over."""
-
-    @staticmethod
-    def forward(ctx: Any, capture: Capture, anchor: Tensor) -> Tensor:
-        ctx.capture, ctx.replays = capture, capture.replays
-        return capture.loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:
-        if ctx.capture.replays != ctx.replays:
-            raise RuntimeError("With capture=True call backward on a batch's loss before the next batch is computed.")
-        ctx.capture.hand_over(outer[0])
-        return None, None

@@ -83,6 +83,13 @@ class ImageClassifier(L.LightningModule):
             self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, or take those that were captured with the loss."""
+        if isinstance(self.objective, CapturedObjective):
+            self.objective.backward(share=1 / self.trainer.accumulate_grad_batches)
+        else:
+            super().backward(loss, *args, **kwargs)
+
     @property
     def _logs(self) -> bool:
         """Whether loggers take what this step logs; for any other, logging takes a fast step's host a tenth longer."""

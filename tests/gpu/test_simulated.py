@@ -108,13 +108,9 @@ def test_a_captured_step_trains_as_one_on_the_cpu_does(workers, options):
     assert plain[1] == pytest.approx(captured[1], abs=100 * TOLERANCE)
 
 
-def test_a_captured_step_refuses_float16_and_a_second_batch_before_the_first_ones_gradients():
+def test_a_captured_step_refuses_float16():
     network = small_cnn(width=4).cuda()
     objective = CapturedObjective(lambda images, labels: nn.functional.cross_entropy(network(images), labels), network)
     batch = torch.randn(4, 3, 8, 8, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
     with pytest.raises(ValueError, match="does not scale losses"), torch.autocast("cuda", torch.float16):
         objective(*batch)
-    loss = objective(*batch)
-    objective(*batch)
-    with pytest.raises(RuntimeError, match="before the next batch"):
-        loss.backward()
