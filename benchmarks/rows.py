@@ -63,6 +63,8 @@ INNER: dict[str, Callable[..., list[Optimizer]]] = {
     "SGD": sgd,
     "plain SGD": partial(sgd, momentum=0.0),
     "AdamW": adam,
+    "AdamW, 0.8": partial(adam, beta=0.8),
+    "AdamW, 0.6": partial(adam, beta=0.6),
     "Muon": muon,
 }
 """Optimizers by name."""
@@ -171,6 +173,20 @@ def _rows(momentum: str, adam: dict[str, Make]) -> dict[str, Row]:
     }
 
 
+OUTER: dict[str, Make] = {
+    "local_sgd": _of(LocalSGD(12)),
+    "slowmo 0.2": _of(SlowMo(sync_every=12, slow_momentum=0.2)),
+    "slowmo 0.5": _of(SlowMo(sync_every=12, slow_momentum=0.5)),
+    "slowmo 0.5, reset": _of(SlowMo(sync_every=12, slow_momentum=0.5, inner_buffers="reset")),
+}
+MOMENTUM_ON_MOMENTUM = {
+    f"{name} over {inner}": Row(make, inner)
+    for inner in ("AdamW", "AdamW, 0.8", "AdamW, 0.6")
+    for name, make in OUTER.items()
+}
+"""Whether a slow momentum helps depends on the momentum that the optimizer inside has already."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A problem, and what is trained on it.
@@ -191,5 +207,8 @@ TABLES = {
         Images, _rows("SGD", ADAM_ROWS | BOTH_ROWS), {"SGD": 0.04, "plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.02}
     ),
     "text": Table(Text, _rows("AdamW", ADAM_ROWS), {"plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.04}),
+    "momenta": Table(
+        Text, MOMENTUM_ON_MOMENTUM, dict.fromkeys({row.inner for row in MOMENTUM_ON_MOMENTUM.values()}, 0.016)
+    ),
 }
 """By the name of the task."""

@@ -3,6 +3,7 @@
     python -m benchmarks.side_by_side --data cifar10.tar.xz            # tunes, trains and writes; goes on where it was
     python -m benchmarks.side_by_side --data cifar10.tar.xz --rows '^ddp|slowmo' --seeds 1,2,3,4,5
     python -m benchmarks.side_by_side --task text --data any.txt
+    python -m benchmarks.side_by_side --task momenta --data any.txt    # slow momenta over three momenta of AdamW
 
 Eight workers with batches of 8, 240 steps (:mod:`benchmarks.stacked`): CIFAR-10 and a network of 20,754 parameters, or
 the characters of a text and a GPT of about 16,000 (:mod:`benchmarks.problems`). Each row's learning rate is searched on
