@@ -179,7 +179,7 @@ OUTER: dict[str, Make] = {
     "slowmo 0.5": _of(SlowMo(sync_every=12, slow_momentum=0.5)),
     "slowmo 0.5, reset": _of(SlowMo(sync_every=12, slow_momentum=0.5, inner_buffers="reset")),
 }
-MOMENTUM_ON_MOMENTUM = {
+MOMENTUM_ON_MOMENTUM = {"ddp": Row(_of(AllReduce()), "AdamW")} | {
     f"{name} over {inner}": Row(make, inner)
     for inner in ("AdamW", "AdamW, 0.8", "AdamW, 0.6")
     for name, make in OUTER.items()
