@@ -500,7 +500,7 @@ print("loaded:", foreign + own)
 @pytest.mark.processes
 def test_neither_lightning_nor_its_trainer_is_needed():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=600)
-    assert done.stdout.strip() == "loaded: []", done.stderr
+    assert done.stdout.splitlines()[-1:] == ["loaded: []"], done.stderr  # older versions of gloo print before it
 
 
 @pytest.mark.faults
