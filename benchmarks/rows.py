@@ -67,7 +67,7 @@ INNER: dict[str, Callable[..., list[Optimizer]]] = {
     "AdamW, 0.6": partial(adam, beta=0.6),
     "Muon": muon,
 }
-"""Optimizers by name."""
+"""Optimizers by name; a number is another first momentum than AdamW's usual 0.9."""
 
 
 def inner_of(name: str, problem: Problem, **momentum: float) -> Inner:
@@ -173,18 +173,17 @@ def _rows(momentum: str, adam: dict[str, Make]) -> dict[str, Row]:
     }
 
 
-OUTER: dict[str, Make] = {
+ADAMS = ("AdamW", "AdamW, 0.8", "AdamW, 0.6")
+SLOW_MOMENTA: dict[str, Make] = {
     "local_sgd": _of(LocalSGD(12)),
     "slowmo 0.2": _of(SlowMo(sync_every=12, slow_momentum=0.2)),
     "slowmo 0.5": _of(SlowMo(sync_every=12, slow_momentum=0.5)),
     "slowmo 0.5, reset": _of(SlowMo(sync_every=12, slow_momentum=0.5, inner_buffers="reset")),
 }
 MOMENTUM_ON_MOMENTUM = {"ddp": Row(_of(AllReduce()), "AdamW")} | {
-    f"{name} over {inner}": Row(make, inner)
-    for inner in ("AdamW", "AdamW, 0.8", "AdamW, 0.6")
-    for name, make in OUTER.items()
+    f"{name} over {inner}": Row(make, inner) for inner in ADAMS for name, make in SLOW_MOMENTA.items()
 }
-"""Whether a slow momentum helps depends on the momentum that the optimizer inside has already."""
+"""Every slow momentum over every first momentum of AdamW, and ``ddp``, to whose bytes the table compares."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,6 @@ TABLES = {
         Images, _rows("SGD", ADAM_ROWS | BOTH_ROWS), {"SGD": 0.04, "plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.02}
     ),
     "text": Table(Text, _rows("AdamW", ADAM_ROWS), {"plain SGD": 0.4, "AdamW": 0.008, "Muon": 0.04}),
-    "momenta": Table(
-        Text, MOMENTUM_ON_MOMENTUM, dict.fromkeys({row.inner for row in MOMENTUM_ON_MOMENTUM.values()}, 0.016)
-    ),
+    "momenta": Table(Text, MOMENTUM_ON_MOMENTUM, dict.fromkeys(ADAMS, 0.016)),
 }
 """By the name of the task."""

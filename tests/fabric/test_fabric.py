@@ -500,7 +500,8 @@ print("loaded:", foreign + own)
 @pytest.mark.processes
 def test_neither_lightning_nor_its_trainer_is_needed():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=600)
-    assert done.stdout.splitlines()[-1:] == ["loaded: []"], done.stderr  # older versions of gloo print before it
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's prints there
+    assert said == ["loaded: []"], done.stderr
 
 
 @pytest.mark.faults
